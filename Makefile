@@ -1,0 +1,57 @@
+# Every target makes its own .venv and compiles what it needs; `make demo` and `make test` are all a new user calls.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Everything that ends up in the installed package, so that an edit reinstalls it.
+SOURCES := pyproject.toml CMakeLists.txt $(shell find backend ccq_format converters -type f -not -name '*.pyc')
+# pip keeps the wheel of llama-cpp-python: only its first installation compiles llama.cpp (6 to 15 minutes on 2 cores).
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: setup demo test test-slow test-upstream generate vectors check clean
+
+setup: .venv/.llama ## install the package and llama.cpp into .venv
+
+demo: .venv/.llama ## convert the bundled model, compare types, print a table
+	$(BIN)/python examples/demo.py
+
+test: .venv/.test ## the test suite
+	$(BIN)/pytest
+
+test-slow: .venv/.test ## statistics on 10^6 weights, long fuzzing
+	$(BIN)/pytest -m slow
+
+test-upstream: .venv/.test ## against llama.cpp's own sources and converter (fetches the source archive)
+	$(BIN)/pytest -m upstream
+
+generate: .venv/.llama ## rewrite what is derived from ccq_format/layouts.py
+	$(BIN)/python backend/gen.py
+
+vectors: .venv/.llama ## rewrite the golden vectors (only with a change of format)
+	$(BIN)/python spec/vectors/make_vectors.py
+	$(BIN)/python spec/vectors/make_invalid.py
+
+check: .venv/.check ## generated files up to date, lint, types
+	$(BIN)/python backend/gen.py --check
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove what the targets made
+	rm -rf .venv build .cache demo-out
+
+.venv/.python:
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --upgrade pip
+	touch $@
+
+.venv/.llama: .venv/.python $(SOURCES)
+	@echo "installing; the first time this compiles llama.cpp, which takes 6 to 15 minutes on two cores"
+	$(INSTALL) '.[llama]'
+	touch $@
+
+.venv/.test: .venv/.llama
+	$(INSTALL) '.[llama,test]'
+	touch $@
+
+.venv/.check: .venv/.test
+	$(INSTALL) '.[llama,test,check]'
+	touch $@

@@ -1,0 +1,97 @@
+/* Public C interface of the CCQ kernels.
+ *
+ * Everything here returns a status; nothing prints, aborts or keeps state besides the kernel table that the first
+ * call chooses.  Types are named by their GGUF tensor type id (spec section 3).  All functions are thread safe. */
+#ifndef CCQ_H
+#define CCQ_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define CCQ_GROUP 64 /* weights that share one scale; also the block of the activation format */
+
+typedef enum ccq_status {
+    CCQ_OK = 0,
+    CCQ_ERR_TYPE = 1,       /* no CCQ type has this id */
+    CCQ_ERR_ARGUMENT = 2,   /* a null pointer, a negative count or stride */
+    CCQ_ERR_ROW_LENGTH = 3, /* the row length is no multiple of the type's block */
+    CCQ_ERR_WEIGHTS = 4,    /* a weight is NaN or infinite */
+    CCQ_ERR_IMPORTANCE = 5, /* an importance is negative, NaN or infinite */
+    CCQ_ERR_SCALE = 6,      /* a given scale cannot be represented in the type */
+    CCQ_ERR_MEMORY = 7,
+    CCQ_ERR_ISA_UNKNOWN = 8,     /* CCQ_ISA names no kernel set of this build */
+    CCQ_ERR_ISA_UNSUPPORTED = 9, /* CCQ_ISA names one that this CPU cannot run */
+} ccq_status;
+
+/* English text for a status; never NULL. */
+const char * ccq_status_text(ccq_status status);
+
+typedef struct ccq_type_info {
+    const char * name;
+    int32_t gguf_id;
+    int32_t block_weights;
+    int32_t block_bytes;
+} ccq_type_info;
+
+/* Row of the type table, or NULL if no type has this id. */
+const ccq_type_info * ccq_type(int32_t gguf_id);
+
+/* --- kernel sets ------------------------------------------------------------------------------------------------ */
+
+/* Name of the kernel set in use ("scalar", "avx2", ...).  The set is chosen on the first call of any function: the
+ * best that the CPU runs, or the one that the environment variable CCQ_ISA names; if that one is unknown or
+ * unsupported, every function fails with CCQ_ERR_ISA_*.  *name is set to NULL on error. */
+ccq_status ccq_isa(const char ** name);
+
+/* The i-th kernel set of this build, best first, and whether this CPU runs it; NULL past the end. */
+const char * ccq_isa_name(int32_t i, int32_t * supported);
+
+/* --- weights ---------------------------------------------------------------------------------------------------- */
+
+/* Decode n weights (a multiple of the type's block) to float32, bit-exact as the spec says. */
+ccq_status ccq_decode(int32_t type, const void * blocks, int64_t n, float * out);
+
+typedef struct ccq_encode_params {
+    int32_t n_threads;          /* <= 0: one per online CPU */
+    const float * importance;   /* weights of the squared error, >= 0; NULL: all ones */
+    int64_t importance_stride;  /* floats from one row's importance to the next; 0: all rows share n_cols values */
+    const float * scales;       /* T types only: fixes each block's scale (n_rows * n_cols / 64); NULL: searched */
+} ccq_encode_params;
+
+/* Encode an n_rows x n_cols row-major matrix so that sum(importance * (w - decoded)^2) is small.  The bytes do not
+ * depend on n_threads nor on the kernel set.  blocks receives n_rows * n_cols / block_weights * block_bytes bytes.
+ * params may be NULL. */
+ccq_status ccq_encode(int32_t type, const float * weights, int64_t n_rows, int64_t n_cols,
+                      const ccq_encode_params * params, void * blocks);
+
+/* --- products with int8 activations ----------------------------------------------------------------------------- */
+
+/* The activation format (backend/cpu/ACTIVATIONS.md): per 64 values a float32 scale, the int32 sum of the 64 int8
+ * values, and those values; 72 bytes, never stored in a file. */
+typedef struct ccq_act_block {
+    float d;
+    int32_t sum;
+    int8_t q[CCQ_GROUP];
+} ccq_act_block;
+
+/* Quantize n floats (a multiple of 64) to n / 64 blocks.  Block-local: any run of whole blocks may be done alone. */
+ccq_status ccq_quantize_activations(const float * x, int64_t n, ccq_act_block * out);
+
+/* out = <decoded row, activations>, n weights. */
+ccq_status ccq_vec_dot(int32_t type, int64_t n, const void * blocks, const ccq_act_block * act, float * out);
+
+/* out[c * out_stride + r] = <row r, activations c> for n_rows rows (row_stride bytes apart) and n_cols columns
+ * (act_stride blocks apart; out_stride floats apart).  Each row is decoded once for all columns, and the result of a
+ * (row, column) pair does not depend on n_rows or n_cols. */
+ccq_status ccq_mul_mat(int32_t type, int64_t n, const void * blocks, int64_t row_stride, int64_t n_rows,
+                       const ccq_act_block * act, int64_t act_stride, int64_t n_cols, float * out,
+                       int64_t out_stride);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
