@@ -28,7 +28,7 @@ generate: .venv/.llama ## rewrite what is derived from ccq_format/layouts.py
 
 vectors: .venv/.llama ## rewrite the golden vectors (only with a change of format)
 	$(BIN)/python spec/vectors/make_vectors.py
-	$(BIN)/python spec/vectors/make_invalid.py
+	$(BIN)/python spec/vectors/invalid/make_invalid.py
 
 check: .venv/.check ## generated files up to date, lint, types
 	$(BIN)/python backend/gen.py --check

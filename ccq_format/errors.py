@@ -24,6 +24,10 @@ class CcqError(Exception):
 # --- the container (spec section 4) ---------------------------------------------------------------------------------
 
 
+class InputError(CcqError):
+    """The file cannot be read at all: it is missing, no regular file, or the system refuses."""
+
+
 class FormatError(CcqError):
     """The file is no well-formed CCQ/GGUF file; the base of the errors below."""
 
@@ -108,3 +112,14 @@ class PluginError(CcqError):
 
 class EvalError(CcqError):
     """An evaluation cannot run: too little text, or llama.cpp refused the model."""
+
+
+# --- the packages around us -----------------------------------------------------------------------------------------
+
+
+class GgufPackageError(CcqError, ImportError):
+    """The installed ``gguf`` package is not built like the pinned one, so the CCQ types cannot be added to it."""
+
+
+class CcqWarning(UserWarning):
+    """Something odd that does not stop the work, for example a file with CCQ tensors but without ``ccq.*`` keys."""

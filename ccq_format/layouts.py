@@ -133,10 +133,10 @@ def _trellis(name: str, gguf_id: int, strides: tuple[int, ...], multiplier: int)
 
 
 LAYOUTS: tuple[Layout, ...] = (
-    _trellis("ccq_t1_5", 32, (1, 2), 47279),
-    _trellis("ccq_t2", 36, (2,), 47279),
-    _trellis("ccq_t2_5", 37, (2, 3), 47279),
-    _trellis("ccq_t3", 38, (3,), 47279),
+    _trellis("ccq_t1_5", 32, (1, 2), 22219),
+    _trellis("ccq_t2", 36, (2,), 17177),
+    _trellis("ccq_t2_5", 37, (2, 3), 14633),
+    _trellis("ccq_t3", 38, (3,), 17993),
     Layout(
         "ccq_p2",
         4,

@@ -1,0 +1,86 @@
+"""Loads the llama.cpp plugin into the llama.cpp of ``llama_cpp`` (llama-cpp-python)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from ccq_format.errors import PluginError
+
+_LIBRARY = "libggml-ccq.so"
+_lock = threading.Lock()
+_active = False
+
+
+def plugin_path() -> Path:
+    """The plugin's shared library.  Raises ``PluginError`` if this installation has none."""
+    path = Path(__file__).with_name(_LIBRARY)
+    if not path.is_file():
+        raise PluginError("the plugin is not installed (it is built on Linux only)", file=path)
+    return path
+
+
+def load_plugin() -> None:
+    """Make llama-cpp-python run CCQ types; call it before the first model is loaded.  Later calls do nothing.
+
+    The plugin prints one line to standard error when it becomes active (``CCQ_QUIET=1`` silences it).  Raises
+    ``PluginError`` with the plugin's own reason if this llama.cpp cannot take it; nothing is changed then.
+    """
+    global _active
+    with _lock:
+        if not _active:
+            _load(plugin_path())
+            _active = True
+
+
+def _load(path: Path) -> None:
+    try:
+        import llama_cpp.llama_cpp as llama
+    except ImportError as error:
+        raise PluginError(f"llama-cpp-python cannot be imported: {error}") from error
+    # The handle of libllama resolves names in the libraries that libllama itself uses.  Opening libggml by a path
+    # could map a second copy, and the plugin would then be loaded into one that no model ever sees.
+    library: ctypes.CDLL = llama._lib
+    try:
+        backend_load = library.ggml_backend_load
+    except AttributeError:
+        raise PluginError("this llama.cpp has no ggml_backend_load") from None
+    backend_load.argtypes = [ctypes.c_char_p]
+    backend_load.restype = ctypes.c_void_p
+    with _ggml_log_silenced(library):
+        loaded = backend_load(os.fsencode(path))
+    if not loaded:
+        raise PluginError(_reason(path), file=path)
+
+
+@contextlib.contextmanager
+def _ggml_log_silenced(library: ctypes.CDLL) -> Iterator[None]:
+    """Keep ggml's own lines about loading out of the way: the plugin's one line, or the exception, says it."""
+    callback_type = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+    try:
+        get, put = library.ggml_log_get, library.ggml_log_set
+    except AttributeError:
+        yield
+        return
+    callback, user_data = ctypes.c_void_p(), ctypes.c_void_p()
+    get(ctypes.byref(callback), ctypes.byref(user_data))
+    silent = callback_type(lambda level, text, data: None)
+    put(silent, None)
+    try:
+        yield
+    finally:
+        put(callback, user_data)
+
+
+def _reason(path: Path) -> str:
+    """What the plugin said, or the loader if it could not even be opened."""
+    try:
+        plugin = ctypes.CDLL(os.fspath(path))
+    except OSError as error:
+        return f"the plugin cannot be loaded: {error}"
+    plugin.ccq_plugin_error.restype = ctypes.c_char_p
+    return plugin.ccq_plugin_error().decode() or "ggml rejected the plugin"

@@ -1,0 +1,57 @@
+// A graph as the CPU backend shall run it: the caller's nodes, with ours replaced by custom nodes.
+#pragma once
+
+#include "host.h"
+#include "ops.h"
+
+namespace ccq {
+
+// True if `node` is a MUL_MAT, MUL_MAT_ID or GET_ROWS that the plugin runs itself.
+bool is_own_node(const Host & host, const abi::tensor & node);
+
+// One per backend.  The caller's graph and tensors are only read: llama.cpp computes the same graph again and again.
+class GraphCopy {
+  public:
+    explicit GraphCopy(const Host & host) : host_(host) {}
+
+    // The graph to run instead of `graph`, valid until the next call; nullptr if nothing in it is ours.
+    // Throws std::bad_alloc.
+    abi::cgraph * rewrite(const abi::cgraph * graph);
+
+    // Why the last run's results are invalid, or nullptr.
+    const char * failure() const { return ws_.failure.load(); }
+
+    size_t own_nodes() const { return own_nodes_; }
+
+  private:
+    struct Extent {
+        uintptr_t begin = 0, end = 0;
+        bool overlaps(const Extent & other) const { return begin < other.end && other.begin < end; }
+    };
+
+    // What the workspace will hold when the nodes so far have run.
+    struct Prepared {
+        const abi::tensor * tensor = nullptr; // nullptr: nothing
+        int32_t flags = 0;                    // of the node that it was prepared for
+        int64_t experts = 0;
+        Extent extent;
+        bool serves(const abi::tensor & wanted, int32_t wanted_flags, int64_t wanted_experts) const;
+    };
+
+    Extent extent_of(const abi::tensor & t) const;
+    void forget_overwritten(const abi::tensor & node, OpClass op_class);
+    void add_custom(const abi::tensor & node, abi::custom_op_t run, const Task & task);
+    void add_own(const abi::tensor & node, OpClass op_class);
+    void reserve(const abi::tensor * const * nodes, int n_nodes);
+
+    const Host & host_;
+    Workspace ws_;
+    Prepared act_, routing_;
+    std::vector<abi::tensor> customs_; // reserved before they are pointed at
+    std::vector<Task> tasks_;
+    std::vector<abi::tensor *> nodes_;
+    std::vector<unsigned char> graph_;
+    size_t own_nodes_ = 0;
+};
+
+} // namespace ccq

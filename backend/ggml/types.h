@@ -1,0 +1,30 @@
+// The seven types, and the rows that the plugin writes into ggml's two tables.
+#pragma once
+
+#include "host_abi.h"
+
+#include "../generated/ccq_layouts.h"
+
+namespace ccq {
+
+struct TypeRow {
+    int32_t id;
+    int32_t block_weights;
+    int32_t block_bytes;
+    abi::to_float_t to_float;
+    abi::vec_dot_t vec_dot; // with Q8_0: for callers that reach the stock CPU code without our hooks
+};
+
+#define X(STEM, stem, id, weights, bytes) +1
+constexpr int kTypeCount = 0 CCQ_TYPES(X);
+#undef X
+
+extern const TypeRow kTypeRows[kTypeCount];
+
+// The row of a type, or nullptr if it is not ours.
+const TypeRow * find_type(int32_t id);
+
+abi::type_traits traits_row(const TypeRow & type);
+abi::type_traits_cpu traits_cpu_row(const TypeRow & type);
+
+} // namespace ccq

@@ -1,0 +1,251 @@
+"""Streaming GGUF writer; public as ``ccq_format.gguf_io.ModelWriter``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from ._header import ALIGNMENT_KEY, ENCODER_KEY, MAX_NAME_BYTES, SPEC_VERSION_KEY
+from .errors import OutputError, PlanError, ShapeError
+from .layouts import LAYOUTS, SPEC_VERSION
+
+if TYPE_CHECKING:
+    from .gguf_io import Model
+
+_OURS = {layout.gguf_id for layout in LAYOUTS}
+_NATIVE = {
+    GGMLQuantizationType.F32: np.float32,
+    GGMLQuantizationType.F16: np.float16,
+    GGMLQuantizationType.F64: np.float64,
+    GGMLQuantizationType.BF16: np.uint16,
+    GGMLQuantizationType.I8: np.int8,
+    GGMLQuantizationType.I16: np.int16,
+    GGMLQuantizationType.I32: np.int32,
+    GGMLQuantizationType.I64: np.int64,
+}
+
+
+class _GgufWriter(gguf.GGUFWriter):
+    """gguf's writer, able to write empty arrays too: a copied file must keep those it has."""
+
+    def _pack_val(
+        self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
+    ) -> bytes:
+        if vtype == GGUFValueType.ARRAY and sub_type is not None and len(val) == 0:
+            packed = self._pack("I", sub_type) + self._pack("Q", 0)
+            return self._pack("I", vtype) + packed if add_vtype else packed
+        return super()._pack_val(val, vtype, add_vtype, sub_type)
+
+
+class ModelWriter:
+    """Writes one GGUF file, holding no more than the chunk being written.
+
+    Order of calls: metadata (through :attr:`gguf` and :meth:`copy_metadata`) and :meth:`add_tensor` for every tensor,
+    then :meth:`begin`, then :meth:`write` for every tensor in the order of their declaration.  Leaving the ``with``
+    block completes the file: data is synced to disk and the temporary file ``.NAME.xxxx.tmp`` in the target's folder
+    is renamed to the target.  Leaving it by any exception (``KeyboardInterrupt`` included) removes the temporary file
+    and leaves the target as it was::
+
+        with ModelWriter("out.gguf", "llama") as out:
+            out.gguf.add_block_count(2)
+            out.add_tensor("blk.0.ffn_up.weight", "ccq_t2", (1024, 256))
+            out.begin()
+            for rows in chunks:                      # uint8 [n, 68]
+                out.write("blk.0.ffn_up.weight", rows)
+
+    A file with a CCQ tensor gets ``ccq.spec_version`` and ``ccq.encoder``; ``ccq.features`` is left out because no
+    feature is in use.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], arch: str, *, overwrite: bool = False, encoder: str | None = None
+    ) -> None:
+        """``arch`` becomes ``general.architecture`` (an empty string leaves the key out); ``encoder`` is the value of
+        ``ccq.encoder``, by default this package's name and version.  No file is created before :meth:`begin`.
+
+        Raises:
+            OutputError: the target exists and ``overwrite`` is false, it is a folder, or its folder is missing.
+        """
+        from . import __version__
+
+        self.path = Path(path)
+        self.overwrite = overwrite
+        self.encoder = encoder if encoder is not None else f"ccq {__version__}"
+        self._check_target()
+        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
+        self.gguf: gguf.GGUFWriter = _GgufWriter(None, arch)
+        """Takes metadata: every ``add_*`` call of ``gguf.GGUFWriter``.  Leave tensors and files to this class."""
+        self._sizes: dict[str, tuple[GGMLQuantizationType, int]] = {}
+        self._order: list[str] = []
+        self._current = 0
+        self._written = 0
+        self._state = "declaring"
+
+    # --- declaring --------------------------------------------------------------------------------------------------
+
+    def copy_metadata(self, model: Model) -> None:
+        """Take over all keys of ``model`` with their exact value types and order, except the ``ccq.*`` keys, which say
+        how *that* file was written.  A key that was set before is replaced.  The alignment is taken over as well."""
+        target = self.gguf.kv_data[0]
+        for key, kv in model.fields.items():
+            if key.startswith("ccq."):
+                continue
+            target.pop(key, None)
+            self.gguf.add_key_value(key, kv.value, kv.type, kv.sub_type)
+        if ALIGNMENT_KEY in model.fields:
+            self.gguf.data_alignment = model.alignment
+
+    def add_tensor(self, name: str, type_name: str, shape: Sequence[int]) -> int:
+        """Declare a tensor; ``shape`` is in numpy order (the last dimension is the row).  Returns its size in bytes.
+
+        Raises:
+            PlanError: unknown type name.
+            ShapeError: the row length is no multiple of the type's block, or the shape is empty or too long.
+            ValueError: the name is used twice or longer than 63 bytes, or :meth:`begin` was called already.
+        """
+        if self._state != "declaring":
+            raise ValueError("tensors must be declared before begin()")
+        if name in self._sizes or not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+            raise ValueError(f"tensor name {name!r} is used twice, empty, or longer than {MAX_NAME_BYTES} bytes")
+        try:
+            kind = GGMLQuantizationType[type_name.upper()]
+        except KeyError:
+            raise PlanError(f"unknown tensor type '{type_name}'", file=self.path, tensor=name) from None
+        shape = tuple(int(n) for n in shape)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if not 1 <= len(shape) <= 4 or min(shape) < 1:
+            raise ShapeError(f"shape {shape} must have 1 to 4 positive dimensions", file=self.path, tensor=name)
+        if shape[-1] % block:
+            raise ShapeError(
+                f"row length {shape[-1]} is no multiple of {block}, the block of {type_name.lower()}",
+                file=self.path,
+                tensor=name,
+            )
+        nbytes = prod(shape) // block * block_bytes
+        self.gguf.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+        self._sizes[name] = (kind, nbytes)
+        self._order.append(name)
+        return nbytes
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Write header, metadata and tensor list to the temporary file.  Raises ``OutputError``, ``ValueError``."""
+        if self._state != "declaring":
+            raise ValueError("begin() was called already")
+        if any(kind in _OURS for kind, _ in self._sizes.values()):
+            self.gguf.add_string(SPEC_VERSION_KEY, "{}.{}".format(*SPEC_VERSION))
+            self.gguf.add_string(ENCODER_KEY, self.encoder)
+        self._state = "writing"
+        try:
+            self.gguf.write_header_to_file(self._temporary)
+            self.gguf.write_kv_data_to_file()
+            self.gguf.write_ti_data_to_file()
+            self.gguf.write_padding(self._file, self._file.tell())
+        except OSError as error:
+            raise self._output_error(error) from error
+
+    def write(self, name: str, data: np.ndarray) -> None:
+        """Append ``data`` to tensor ``name``: its stored bytes, or a chunk of whole rows of them.
+
+        ``data`` is uint8 in the type's encoding, or an array of the tensor's own dtype (float32 for f32, float16 for
+        f16, uint16 for bf16, ...).  A tensor must be complete before the next one starts.
+
+        Raises:
+            OutputError: the system refuses (disk full, for example).
+            ValueError: wrong order, dtype, or more bytes than the tensor has.
+        """
+        if self._state != "writing":
+            raise ValueError("write() needs begin() first and an open writer")
+        expected = self._order[self._current] if self._current < len(self._order) else None
+        if name != expected:
+            raise ValueError(f"tensor '{name}' is out of order: expected {expected!r}")
+        kind, nbytes = self._sizes[name]
+        if data.dtype != np.uint8 and data.dtype != _NATIVE.get(kind):
+            raise ValueError(f"tensor '{name}': data of type {data.dtype} for a tensor of type {kind.name.lower()}")
+        if self._written + data.nbytes > nbytes:
+            raise ValueError(f"tensor '{name}': {self._written + data.nbytes} bytes written, it has {nbytes}")
+        try:
+            self._file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+            self._written += data.nbytes
+            if self._written == nbytes:
+                self.gguf.write_padding(self._file, nbytes)
+                self._current += 1
+                self._written = 0
+        except OSError as error:
+            raise self._output_error(error) from error
+
+    def close(self) -> None:
+        """Complete the file: sync it, and rename it to the target.
+
+        Raises:
+            OutputError: the target has appeared meanwhile and ``overwrite`` is false, or the system refuses.
+            ValueError: a tensor is incomplete.
+        """
+        if self._state == "closed":
+            return
+        try:
+            if self._state == "declaring":
+                self.begin()
+            if self._current < len(self._order):
+                raise ValueError(f"tensor '{self._order[self._current]}' is incomplete")
+            self._check_target()
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self.gguf.close()
+                os.replace(self._temporary, self.path)
+            except OSError as error:
+                raise self._output_error(error) from error
+            self._state = "closed"
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Give up: remove the temporary file.  Does nothing after a successful :meth:`close`."""
+        if self._state == "closed":
+            return
+        self._state = "closed"
+        with contextlib.suppress(OSError):  # a full disk fails the last flush again
+            self.gguf.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._temporary)
+
+    def __enter__(self) -> ModelWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    # --- helpers ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _file(self) -> Any:
+        assert self.gguf.fout is not None
+        return self.gguf.fout[0]
+
+    def _check_target(self) -> None:
+        if self.path.is_dir():
+            raise OutputError("is a folder", file=self.path)
+        if not self.path.parent.is_dir():
+            raise OutputError("its folder does not exist", file=self.path)
+        if self.path.exists() and not self.overwrite:
+            raise OutputError("exists already", file=self.path)
+
+    def _output_error(self, error: OSError) -> OutputError:
+        return OutputError(error.strerror or str(error), file=self.path)

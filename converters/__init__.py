@@ -1,0 +1,1 @@
+"""Converters between Hugging Face models, GGUF files and CCQ files, and the ``ccq-convert`` command."""

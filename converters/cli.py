@@ -1,0 +1,221 @@
+"""The ``ccq-convert`` command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import ccq_format
+from ccq_format.errors import CcqError
+
+from .plan import Plan, QuantOptions
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+
+class _Group(click.Group):
+    """Turns every error that CCQ raises on purpose into one line and exit code 1, and Ctrl-C into one line and 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = _show_warning
+            handler = _LogHandler()
+            logger = logging.getLogger(__package__)
+            logger.addHandler(handler)
+            try:
+                return super().invoke(ctx)
+            except CcqError as error:
+                click.echo(f"Error: {_one_line(error)}", err=True)
+                ctx.exit(1)
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                # What the system refused on the way (disk, permissions, a vanished file) needs no traceback either.
+                click.echo(f"Error: {_one_line(error)}", err=True)
+                ctx.exit(1)
+            except KeyboardInterrupt:
+                click.echo("Interrupted; no file was written.", err=True)
+                ctx.exit(INTERRUPTED)
+            finally:
+                logger.removeHandler(handler)
+
+
+class _LogHandler(logging.Handler):
+    """Warnings of the converters as one line on stderr."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"Warning: {record.getMessage()}", err=True)
+
+
+def _show_warning(message: Warning | str, *_details: Any) -> None:
+    click.echo(f"Warning: {_one_line(message)}", err=True)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+class _Override(click.ParamType):
+    """``REGEX=TYPE``; the last ``=`` separates, because no type has one in its name."""
+
+    name = "REGEX=TYPE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        pattern, separator, target = str(value).rpartition("=")
+        if not separator or not pattern or not target:
+            self.fail(f"'{value}' is not of the form REGEX=TYPE", param, ctx)
+        return pattern, target
+
+
+def _quant_options(command: _F) -> _F:
+    """The options that hf2gguf and quantize share."""
+    options = [
+        click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write."),
+        click.option(
+            "--type",
+            "type_name",
+            required=True,
+            metavar="TYPE",
+            help="Type of the matrices: ccq_t1_5, ccq_t2, ccq_t2_5, ccq_t3, ccq_p2, ccq_p2_5, ccq_p2_75 (the prefix "
+            "may be left out), f32, f16, bf16 or q8_0.",
+        ),
+        click.option(
+            "--tensor-type",
+            "overrides",
+            type=_Override(),
+            multiple=True,
+            help="Another type for the tensors whose GGUF name the pattern is found in; the first that matches wins.",
+        ),
+        click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]"),
+        click.option("--dry-run", is_flag=True, help="Only print the plan."),
+        click.option("--no-fallback", is_flag=True, help="Fail where a row does not fit a type's block."),
+        click.option("--overwrite", is_flag=True, help="Replace an existing file."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _options(
+    output: Path | None, type_name: str, overrides: tuple[tuple[str, str], ...], threads: int, **flags: bool
+) -> tuple[Path, QuantOptions]:
+    if output is None and not flags["dry_run"]:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    options = QuantOptions(
+        type_name,
+        overrides=list(overrides),
+        threads=threads,
+        fallback=not flags["no_fallback"],
+        overwrite=flags["overwrite"],
+        dry_run=flags["dry_run"],
+    )
+    return output or Path(), options
+
+
+def _report(plan: Plan, out: Path, dry_run: bool) -> None:
+    if dry_run:
+        click.echo(plan.table())
+    else:
+        click.echo(f"{out}: {plan.summary()}")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(ccq_format.__version__, prog_name="ccq-convert")
+def main() -> None:
+    """Convert models to CCQ, look into CCQ files, and measure them in stock llama.cpp."""
+
+
+@main.command()
+@click.argument("model_dir", type=click.Path(path_type=Path))
+@_quant_options
+def hf2gguf(model_dir: Path, **settings: Any) -> None:
+    """Convert a Hugging Face model folder (safetensors) to a GGUF file."""
+    from . import hf2gguf as converter
+
+    out, options = _options(**settings)
+    _report(converter.convert(model_dir, out, options), out, options.dry_run)
+
+
+@main.command()
+@click.argument("in_file", metavar="IN.gguf", type=click.Path(path_type=Path))
+@_quant_options
+def quantize(in_file: Path, **settings: Any) -> None:
+    """Give the tensors of a GGUF file (f32, f16, bf16, q8_0; any architecture) other types."""
+    from . import quantize as quantizer
+
+    out, options = _options(**settings)
+    _report(quantizer.quantize(in_file, out, options), out, options.dry_run)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(file: Path, as_json: bool) -> None:
+    """Check a GGUF file, the parameters of its CCQ blocks included, and list its tensors."""
+    from . import inspect as inspector
+
+    model = inspector.inspect(file)
+    click.echo(json.dumps(inspector.as_json(model), indent=1) if as_json else inspector.as_text(model))
+
+
+@main.command()
+@click.argument("in_file", metavar="IN.gguf", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")
+@click.option(
+    "--type", "type_name", type=click.Choice(["f32", "f16"], case_sensitive=False), required=True, help="Target type."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+def dequantize(in_file: Path, output: Path, type_name: str, overwrite: bool) -> None:
+    """Write the exact decoded weights as a plain GGUF file that any llama.cpp reads."""
+    from . import dequantize as dequantizer
+
+    plan = dequantizer.dequantize(in_file, output, type_name, overwrite=overwrite)
+    _report(plan, output, False)
+
+
+@main.command("plugin-path")
+def plugin_path() -> None:
+    """Print the path of libggml-ccq.so, the plugin for llama.cpp."""
+    import ccq_backend
+
+    click.echo(str(ccq_backend.plugin_path()))
+
+
+@main.command("eval")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text to score.")
+@click.option("--base", type=click.Path(path_type=Path), help="Model to compare with (KL divergence, top-1).")
+@click.option("--ctx", type=click.IntRange(min=4), default=256, show_default=True, help="Tokens per window.")
+@click.option("--windows", type=click.IntRange(min=1), help="Score only the first windows.  [all]")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(
+    file: Path, text: Path, base: Path | None, ctx: int, windows: int | None, threads: int, as_json: bool
+) -> None:
+    """Perplexity, and KL divergence from a base model, measured in stock llama.cpp as llama-perplexity does."""
+    from . import evaluate as evaluator
+
+    result = evaluator.evaluate(
+        file, evaluator.read_text(text), base_path=base, n_ctx=ctx, threads=threads, max_windows=windows
+    )
+    click.echo(json.dumps(result.as_dict(), indent=1) if as_json else result.as_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

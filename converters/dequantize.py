@@ -1,0 +1,47 @@
+"""``ccq-convert dequantize``: a plain GGUF file with the exact weights that a CCQ file stands for."""
+
+from __future__ import annotations
+
+import os
+
+from ccq_format.errors import OutputError, PlanError
+from ccq_format.gguf_io import open_model
+
+from .plan import COPIED_TYPES, Plan, PlannedTensor, QuantOptions, TensorSource, row_bytes
+from .quantize import source_of
+from .stream import write_planned
+
+
+def dequantize(
+    in_path: str | os.PathLike[str],
+    out_path: str | os.PathLike[str],
+    type_name: str,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Plan:
+    """Decode every quantized tensor of ``in_path`` (CCQ and stock types) to ``type_name``, f32 or f16.
+
+    f32 holds the decoded weights exactly; f16 rounds them to nearest.  1-D tensors and those that are f32 already stay
+    as they are in f32, as llama.cpp wants its norms.  The ``ccq.*`` keys are dropped, all others copied.
+
+    Raises ``PlanError`` for another type, ``WeightsError`` if a decoded weight is not finite or too large for f16, and
+    what ``open_model`` and ``ModelWriter`` raise.
+    """
+    target = type_name.lower()
+    if target not in ("f32", "f16"):
+        raise PlanError(f"cannot dequantize to '{type_name}': choose f32 or f16")
+    model = open_model(in_path)
+    if os.path.exists(out_path) and os.path.samefile(in_path, out_path):
+        raise OutputError("input and output are the same file", file=out_path)
+    tensors = [_planned(source_of(info), target) for info in model.tensors]
+    plan = Plan(tensors, 0, 0, "")
+    options = QuantOptions(target, overwrite=overwrite)
+    write_planned(out_path, plan, arch=model.arch, options=options, progress=progress, copy_from=model)
+    return plan
+
+
+def _planned(source: TensorSource, target: str) -> PlannedTensor:
+    kept = source.source_type in COPIED_TYPES or source.source_type == "f32" or len(source.shape) < 2
+    chosen = (source.source_type if source.source_type in COPIED_TYPES else "f32") if kept else target
+    return PlannedTensor(source, chosen, source.rows * row_bytes(chosen, source.row_len), "dequantize")

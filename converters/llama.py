@@ -1,0 +1,197 @@
+"""A thin layer over the low-level API of llama-cpp-python: load a model in stock llama.cpp, tokenize, decode.
+
+``llama_cpp`` is imported only when a model is opened: it is an optional dependency, and importing it maps its
+libraries into the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import time
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccq_format.errors import EvalError
+from ccq_format.gguf_io import open_model
+
+from .plan import cpu_count
+
+log = logging.getLogger(__name__)
+
+_N_BATCH = 2048
+_N_UBATCH = 512
+"""Batch sizes of llama.cpp's command-line tools (``common_params``); results depend on them in the last digits."""
+
+_LOG_LEVEL_ERROR = 4
+"""``GGML_LOG_LEVEL_ERROR``; llama-cpp-python's own table of levels is that of an older ggml."""
+
+_error_lines: list[str] = []
+_callback: Any = None
+
+
+def library() -> Any:
+    """The ``llama_cpp`` module, its log output collected instead of printed.
+
+    Raises ``EvalError`` if llama-cpp-python is not installed.
+    """
+    global _callback
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise EvalError(f"llama-cpp-python is needed to run a model, and it cannot be imported: {error}") from None
+    if _callback is None:
+        llama_cpp.llama_backend_init()
+        _callback = llama_cpp.llama_log_callback(_collect)
+        llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
+    return llama_cpp
+
+
+def _collect(level: int, text: bytes, _user_data: object) -> None:
+    line = text.decode("utf-8", "replace").strip()
+    log.debug("%s", line)
+    if level == _LOG_LEVEL_ERROR and line:
+        _error_lines.append(line)
+        del _error_lines[:-20]
+
+
+def load_plugin_for(*paths: str | os.PathLike[str]) -> None:
+    """Load the CCQ plugin into this process's llama.cpp if one of the GGUF files holds CCQ tensors.
+
+    Must come before any model is opened.  Raises ``PluginError`` where llama.cpp cannot take the plugin, and
+    ``InputError`` or ``FormatError`` for a file that cannot be read.
+    """
+    if any(tensor.layout is not None for path in paths for tensor in open_model(path).tensors):
+        library()
+        import ccq_backend
+
+        ccq_backend.load_plugin()
+
+
+class LlamaModel:
+    """A model with one context in llama.cpp; use it as a context manager.
+
+    ``n_ctx`` is the context length of each of ``n_seq`` parallel sequences.  All other settings are the defaults of
+    llama.cpp's command-line tools: KV cache f16, flash attention where supported.  ``exact`` sets KV cache f32 and
+    flash attention off instead.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_ctx: int,
+        n_seq: int = 1,
+        threads: int = 0,
+        exact: bool = False,
+    ) -> None:
+        self.path = os.fspath(path)
+        self._lib = lib = library()
+        self._ctx = self._model = self._batch = None
+        if not os.path.isfile(path):
+            raise EvalError("no such file", file=path)
+        _error_lines.clear()
+        self._model = lib.llama_model_load_from_file(self.path.encode(), lib.llama_model_default_params())
+        if not self._model:
+            raise EvalError(f"llama.cpp refused the model: {'; '.join(_error_lines) or 'no reason given'}", file=path)
+        params = lib.llama_context_default_params()
+        params.n_ctx = n_ctx * n_seq
+        params.n_seq_max = n_seq
+        params.n_batch = self.n_batch = min(_N_BATCH, n_ctx * n_seq)
+        params.n_ubatch = _N_UBATCH
+        params.n_threads = params.n_threads_batch = threads if threads > 0 else cpu_count()
+        params.no_perf = True
+        if exact:
+            params.type_k = params.type_v = lib.GGML_TYPE_F32
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._ctx = lib.llama_init_from_model(self._model, params)
+        if not self._ctx:
+            self.close()
+            raise EvalError(f"llama.cpp made no context: {'; '.join(_error_lines) or 'no reason given'}", file=path)
+        self._batch = lib.llama_batch_init(self.n_batch, 0, 1)
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self.n_ctx, self.n_seq = n_ctx, n_seq
+        self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
+        self.adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
+        self.adds_eos = bool(lib.llama_vocab_get_add_eos(self._vocab))
+        self.bos = int(lib.llama_vocab_bos(self._vocab))
+
+    def __enter__(self) -> LlamaModel:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model and its context; safe to call twice."""
+        if self._batch is not None:
+            self._lib.llama_batch_free(self._batch)
+        if self._ctx:
+            self._lib.llama_free(self._ctx)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._batch = self._ctx = self._model = None
+
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids of ``text``; special tokens in the text itself are not recognized."""
+        raw = text.encode()
+        room = len(raw) + 8
+        tokens = (self._lib.llama_token * room)()
+        n = self._lib.llama_tokenize(self._vocab, raw, len(raw), tokens, room, add_special, False)
+        if n < 0:
+            raise EvalError("the text cannot be tokenized", file=self.path)
+        return list(tokens[:n])
+
+    def detokenize(self, tokens: list[int]) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        ids = (self._lib.llama_token * len(tokens))(*tokens)
+        room = 64 + 32 * len(tokens)
+        text = ctypes.create_string_buffer(room)
+        n = self._lib.llama_detokenize(self._vocab, ids, len(tokens), text, room, False, False)
+        return text.raw[: max(0, n)].decode("utf-8", "replace")
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._ctx), True)
+
+    def decode(
+        self, tokens: list[int], positions: list[int], sequences: list[int], outputs: list[bool]
+    ) -> NDArray[np.float32]:
+        """Run at most ``n_batch`` tokens; returns float32 ``[sum(outputs), n_vocab]``, valid until the next call."""
+        if len(tokens) > self.n_batch:
+            raise EvalError(f"{len(tokens)} tokens exceed the batch of {self.n_batch}", file=self.path)
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i] = token
+            batch.pos[i] = positions[i]
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = sequences[i]
+            batch.logits[i] = outputs[i]
+        status = self._lib.llama_decode(self._ctx, batch)
+        if status:
+            why = "; ".join(_error_lines[-3:])
+            raise EvalError(f"llama.cpp failed to decode (status {status}){': ' + why if why else ''}", file=self.path)
+        n_out = sum(outputs)
+        if not n_out:
+            return np.empty((0, self.n_vocab), np.float32)
+        return np.ctypeslib.as_array(self._lib.llama_get_logits(self._ctx), (n_out, self.n_vocab))
+
+    def generate(self, prompt: str, n_tokens: int) -> tuple[str, float]:
+        """Continue ``prompt`` greedily by ``n_tokens``; returns the new text and tokens per second at batch size 1."""
+        tokens = self.tokenize(prompt)
+        self.clear()
+        n = len(tokens)
+        logits = self.decode(tokens, list(range(n)), [0] * n, [False] * (n - 1) + [True])
+        made = [int(logits[0].argmax())]
+        start = time.perf_counter()
+        while len(made) < n_tokens:
+            made.append(int(self.decode([made[-1]], [n + len(made) - 1], [0], [True])[0].argmax()))
+        seconds = time.perf_counter() - start
+        return self.detokenize(made), (len(made) - 1) / seconds

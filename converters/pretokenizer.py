@@ -1,0 +1,74 @@
+"""The name that llama.cpp has for a tokenizer's way of cutting text into words (``tokenizer.ggml.pre``).
+
+llama.cpp keeps a list of names with a regular expression and merge rules each (``llama_vocab::impl::load`` and
+``llm_tokenizer_bpe`` in ``src/llama-vocab.cpp``).  Its converter finds the name by hashing the tokens of a test string;
+here it follows from the pre-tokenizer itself, so that models with an own vocabulary are recognized, too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ccq_format.errors import ModelError
+
+ADDS_BOS = frozenset({"llama-bpe", "tekken"})
+"""Names for which llama.cpp puts a BOS before the text unless the file says otherwise."""
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
+_QWEN35 = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SEED_CODER = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_NAMES: dict[tuple[str, ...], dict[bool, str]] = {
+    # Steps -> whether the model ignores merges -> name.  smaug-bpe is llama-bpe without that.
+    (f"split {_LLAMA3}", "bytes"): {True: "llama-bpe", False: "smaug-bpe"},
+    (f"split {_QWEN2}", "bytes"): {False: "qwen2"},
+    (f"split {_QWEN35}", "bytes"): {False: "qwen35"},
+    (f"split {_SEED_CODER}", "bytes"): {False: "seed-coder"},
+    (f"split {_TEKKEN}", "bytes"): {True: "tekken"},
+    ("digits", "gpt2"): {False: "smollm"},
+    ("gpt2",): {False: "gpt-2"},
+}
+
+
+def pretokenizer_name(steps: list[dict[str, Any]], ignore_merges: bool, path: Path) -> str:
+    """The name for the flattened pre-tokenizer ``steps`` of the tokenizer.json at ``path``.
+
+    Raises ``ModelError`` if llama.cpp has none, or not together with the model's ``ignore_merges``.
+    """
+    described = tuple(_describe(step) for step in steps)
+    names = _NAMES.get(described)
+    if names is None:
+        shown = "; ".join(described) or "none"
+        raise ModelError(f"no name in llama.cpp is known for its pre-tokenizer: {shown}", file=path)
+    if ignore_merges not in names:
+        name = next(iter(names.values()))
+        raise ModelError(f"its pre-tokenizer is {name}, but 'ignore_merges' is {str(ignore_merges).lower()}", file=path)
+    return names[ignore_merges]
+
+
+def _describe(step: dict[str, Any]) -> str:
+    """A step as text; two steps that cut alike read alike."""
+    kind = step.get("type")
+    if kind == "ByteLevel":
+        return "gpt2" if step.get("use_regex", True) else "bytes"
+    if kind == "Digits" and step.get("individual_digits"):
+        return "digits"
+    if kind == "Split" and isinstance(step.get("pattern"), dict):
+        pattern = step["pattern"].get("Regex")
+        # All our expressions match any text without a gap, so that keeping the matches and dropping what is between
+        # them is the same as cutting at them.
+        keeps = (step.get("behavior"), bool(step.get("invert"))) in (("Isolated", False), ("Removed", True))
+        if isinstance(pattern, str) and keeps:
+            return "split " + pattern.replace("\r", r"\r").replace("\n", r"\n")
+    return repr(step)

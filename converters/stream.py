@@ -1,0 +1,122 @@
+"""Write a model tensor by tensor: load, encode and write a few rows at a time, so that memory stays small."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ccq_format.errors import CcqError
+from ccq_format.gguf_io import Model, ModelWriter
+
+from .encode import check_weights, encode_rows, rows_of_importance
+from .plan import Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, is_ccq, make_plan
+
+log = logging.getLogger(__name__)
+
+_CHUNK_CCQ = 1 << 16
+"""Weights per step and thread of a CCQ encoder: about half a second, so that Ctrl-C and the progress bar feel alive."""
+
+_CHUNK_PLAIN = 1 << 22
+"""Weights per step of the other types (16 MiB of float32)."""
+
+
+def write_model(
+    out_path: str | os.PathLike[str],
+    *,
+    arch: str,
+    set_metadata: Callable[[gguf.GGUFWriter], None] | None = None,
+    sources: list[TensorSource],
+    options: QuantOptions,
+    progress: bool = True,
+    copy_from: Model | None = None,
+) -> Plan:
+    """Plan, encode and write a whole GGUF file; with ``options.dry_run`` only plan.
+
+    ``arch`` is ``general.architecture``; all other keys are those of the file ``copy_from``, then those that
+    ``set_metadata`` adds to the writer it is given.  The file appears under ``out_path`` only when it is complete; an
+    exception or an interrupt leaves none.  A progress bar goes to stderr if ``progress`` and if that is a terminal.
+
+    Raises ``PlanError``, ``WeightsError`` and ``ImportanceError`` (naming the tensor) and ``OutputError``.
+    """
+    plan = make_plan(sources, options)
+    warning = plan.warning()
+    if warning:
+        log.warning(warning)
+    if options.dry_run:
+        return plan
+    write_planned(
+        out_path,
+        plan,
+        arch=arch,
+        options=options,
+        set_metadata=set_metadata,
+        progress=progress,
+        copy_from=copy_from,
+    )
+    return plan
+
+
+def write_planned(
+    out_path: str | os.PathLike[str],
+    plan: Plan,
+    *,
+    arch: str,
+    options: QuantOptions,
+    set_metadata: Callable[[gguf.GGUFWriter], None] | None = None,
+    progress: bool = True,
+    copy_from: Model | None = None,
+) -> None:
+    """Write what ``plan`` says; the arguments are those of :func:`write_model`."""
+    with ModelWriter(out_path, arch, overwrite=options.overwrite) as writer:
+        if copy_from is not None:
+            writer.copy_metadata(copy_from)
+        if set_metadata is not None:
+            set_metadata(writer.gguf)
+        for tensor in plan.tensors:
+            writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
+        writer.begin()
+        hidden = not (progress and sys.stderr.isatty())
+        with tqdm(total=plan.n_weights, unit="w", unit_scale=True, disable=hidden, leave=False, file=sys.stderr) as bar:
+            for tensor in plan.tensors:
+                bar.set_description(tensor.source.name, refresh=False)
+                for data, weights in encoded_rows(tensor, options):
+                    writer.write(tensor.source.name, data)
+                    bar.update(weights)
+
+
+def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple[NDArray[np.uint8], int]]:
+    """The tensor in its target type, a few rows at a time: (uint8 ``[rows, row_bytes]``, number of weights).
+
+    Raises ``WeightsError`` and ``ImportanceError``.
+    """
+    source = tensor.source
+    importance = options.imatrix.get(source.name) if options.imatrix is not None else None
+    threads = options.threads if options.threads > 0 else cpu_count()
+    step = max(1, (_CHUNK_CCQ * threads if is_ccq(tensor.type) else _CHUNK_PLAIN) // source.row_len)
+    copied = source.raw_rows if tensor.type == source.source_type else None
+    for start in range(0, source.rows, step):
+        stop = min(start + step, source.rows)
+        weights = (stop - start) * source.row_len
+        if copied is not None:
+            if tensor.type in ("f32", "f16", "bf16", "q8_0"):
+                check_weights(source.load_rows(start, stop), tensor.type, source.name)
+            yield copied(start, stop), weights
+            continue
+        x = source.load_rows(start, stop)
+        check_weights(x, tensor.type, source.name)
+        part = None
+        if importance is not None and is_ccq(tensor.type):
+            part = rows_of_importance(importance, source.name, source.rows, source.row_len, start, stop)
+        try:
+            yield encode_rows(tensor.type, x, part, threads), weights
+        except CcqError as error:
+            if error.tensor is not None:
+                raise
+            raise type(error)(error.reason, tensor=source.name) from error

@@ -1,0 +1,177 @@
+"""Which tensor gets which type."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ccq_converters.encode import check_weights, encode_rows, error_weights, rows_of_importance
+from ccq_converters.plan import COPIED_TYPES, PLAIN_TYPES, QuantOptions, TensorSource, block, make_plan, parse_type
+from ccq_format import layouts
+from ccq_format.errors import ImportanceError, PlanError, WeightsError
+from hypothesis import given
+from hypothesis import strategies as st
+
+TARGETS = [*(layout.name for layout in layouts.LAYOUTS), *PLAIN_TYPES]
+
+
+def source(name: str, *shape: int, type_name: str = "f16") -> TensorSource:
+    return TensorSource(name, shape, lambda start, stop: np.zeros((stop - start, shape[-1]), np.float32), type_name)
+
+
+MODEL = [
+    source("token_embd.weight", 1000, 512),
+    source("blk.0.attn_norm.weight", 512, type_name="f32"),
+    source("blk.0.attn_q.weight", 512, 512),
+    source("blk.0.attn_q.bias", 512),
+    source("blk.0.ffn_gate_inp.weight", 4, 512),
+    source("blk.0.ffn_down_exps.weight", 4, 512, 1024),
+    source("blk.0.attn_k_b.weight", 8, 64, 512),
+    source("blk.0.ssm_conv1d.weight", 512, 4),
+    source("blk.0.ssm_a", 512, 16, type_name="f32"),
+    source("blk.0.ffn_gate_tid2eid.weight", 1000, 6, type_name="i32"),
+    source("output.weight", 1000, 512),
+]
+
+
+def types(kind: str, overrides: list[tuple[str, str]] | None = None) -> dict[str, str]:
+    plan = make_plan(MODEL, QuantOptions(kind, overrides=overrides or []))
+    return {t.source.name.replace("blk.0.", "").removesuffix(".weight"): t.type for t in plan.tensors}
+
+
+def test_default_rules() -> None:
+    assert types("ccq_t2") == {
+        "token_embd": "q8_0",
+        "attn_norm": "f32",
+        "attn_q": "ccq_t2",
+        "attn_q.bias": "f32",
+        "ffn_gate_inp": "f32",
+        "ffn_down_exps": "ccq_t2",
+        "attn_k_b": "q8_0",
+        "ssm_conv1d": "f16",
+        "ssm_a": "f32",
+        "ffn_gate_tid2eid": "i32",
+        "output": "q8_0",
+    }
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+def test_float_types_take_embedding_and_output_too(kind: str) -> None:
+    chosen = types(kind)
+    assert {chosen[n] for n in ("token_embd", "output", "attn_q", "ffn_down_exps", "attn_k_b")} == {kind}
+    assert {chosen[n] for n in ("attn_norm", "attn_q.bias", "ffn_gate_inp")} == {"f32"}
+
+
+def test_type_names_have_any_case_and_no_prefix() -> None:
+    assert [parse_type(t) for t in ("CCQ_T2_5", "t2_5", "P2", "F16", " q8_0 ")] == [
+        "ccq_t2_5", "ccq_t2_5", "ccq_p2", "f16", "q8_0",
+    ]  # fmt: skip
+    for bad in ("", "q4_0", "ccq_t4", "crvq_1", "f64"):
+        with pytest.raises(PlanError, match="unknown type"):
+            parse_type(bad)
+
+
+def test_first_matching_override_wins_and_is_searched_in_the_name() -> None:
+    chosen = types("t2", [("attn", "T3"), (r"attn_q|^output\.", "f16"), ("ffn_gate_inp", "q8_0")])
+    assert (chosen["attn_q"], chosen["attn_k_b"], chosen["output"]) == ("ccq_t3", "ccq_t3", "f16")
+    assert chosen["ffn_gate_inp"] == "q8_0"
+    assert chosen["attn_norm"] == "f32" and chosen["attn_q.bias"] == "f32"  # 1-D stays
+
+
+@pytest.mark.parametrize("pattern", ["no_such_tensor", r"attn_norm", r"\.bias$"])
+def test_override_that_matches_no_matrix_is_an_error(pattern: str) -> None:
+    with pytest.raises(PlanError, match="matches no matrix"):
+        types("t2", [("attn_q", "f16"), (pattern, "f16")])
+
+
+def test_bad_overrides() -> None:
+    with pytest.raises(PlanError, match="no regular expression"):
+        types("t2", [("(", "f16")])
+    with pytest.raises(PlanError, match="unknown type"):
+        types("t2", [("attn", "q3_k")])
+
+
+def test_fallback_counts_tensors_and_bytes() -> None:
+    model = [
+        source("blk.0.ffn_up.weight", 10, 320),
+        source("blk.0.ffn_down.weight", 10, 40),
+        source("blk.0.attn_q.weight", 10, 256),
+        source("token_embd.weight", 10, 40),
+    ]
+    plan = make_plan(model, QuantOptions("p2_5"))
+    assert [t.type for t in plan.tensors] == ["q8_0", "f16", "ccq_p2_5", "f16"]
+    assert [t.nbytes for t in plan.tensors] == [10 * 320 // 32 * 34, 10 * 40 * 2, 10 * 82, 10 * 40 * 2]
+    warning = plan.warning()
+    assert warning is not None and warning.startswith("3 tensors (4.88 KiB)") and "32, 256" in warning
+    assert 3400 + 800 + 800 == plan.fallback_bytes
+    with pytest.raises(PlanError, match=r"ffn_up.*320 is no multiple of 256"):
+        make_plan(model, QuantOptions("p2_5", fallback=False))
+    assert make_plan(model[2:3], QuantOptions("p2_5", fallback=False)).warning() is None
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 1100)), min_size=1, max_size=6),
+    kind=st.sampled_from(TARGETS),
+)
+def test_every_plan_fits_and_adds_up(shapes: list[tuple[int, int, int]], kind: str) -> None:
+    model = [source(f"blk.{i}.w{i}_exps.weight", *shape) for i, shape in enumerate(shapes)]
+    plan = make_plan(model, QuantOptions(kind))
+    for tensor, shape in zip(plan.tensors, shapes):
+        weights, nbytes = block(tensor.type)
+        assert shape[-1] % weights == 0
+        assert tensor.nbytes == np.prod(shape) // weights * nbytes
+        fits = shape[-1] % block(kind)[0] == 0
+        assert tensor.type == (kind if fits else "q8_0" if shape[-1] % 32 == 0 else "f16")
+    assert plan.nbytes == sum(t.nbytes for t in plan.tensors)
+    assert plan.file_bpw == pytest.approx(8 * plan.nbytes / sum(np.prod(s) for s in shapes))
+    lines = plan.table().splitlines()
+    assert len(lines) == len(model) + 3
+    assert lines[-1] == plan.summary() and f"{plan.file_bpw:.3f} bits per weight" in lines[-1]
+    assert plan.fallback_count == sum(s[-1] % block(kind)[0] != 0 for s in shapes)
+
+
+def test_block_sizes_agree_with_gguf() -> None:
+    import gguf
+
+    for name in [*TARGETS, *COPIED_TYPES]:
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]] == block(name)
+
+
+def test_error_weights_follow_their_formula() -> None:
+    x = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
+    np.testing.assert_allclose(error_weights(x, None), [[np.sqrt(12.5 + 9), np.sqrt(12.5 + 16)], [0, 0]], rtol=1e-6)
+    importance = np.array([4.0, 0.25], np.float32)
+    np.testing.assert_allclose(
+        error_weights(x, importance), error_weights(x, None) * [[2.0, 0.5], [2.0, 0.5]], rtol=1e-6
+    )
+
+
+def test_importance_rows_belong_to_their_matrix() -> None:
+    table = np.array([[1, 2], [3, 4], [5, 6]], np.float32)
+    np.testing.assert_array_equal(
+        rows_of_importance(table, "t", 12, 2, 3, 9), [[1, 2], [3, 4], [3, 4], [3, 4], [3, 4], [5, 6]]
+    )
+    np.testing.assert_array_equal(rows_of_importance(table[0], "t", 12, 2, 3, 9), [1, 2])
+    for bad in (np.ones(3), np.ones((5, 2)), np.full(2, -1.0), np.full(2, np.nan), np.ones((1, 1, 2))):
+        with pytest.raises(ImportanceError, match="tensor 't'"):
+            rows_of_importance(bad.astype(np.float32), "t", 12, 2, 0, 1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_must_be_finite(bad: float) -> None:
+    x = np.zeros((2, 32), np.float32)
+    check_weights(x, "ccq_t2", "blk.0.w")
+    x[1, 7] = bad
+    with pytest.raises(WeightsError, match=r"tensor 'blk.0.w'.*NaN or infinite"):
+        check_weights(x, "f32", "blk.0.w")
+
+
+def test_weights_must_fit_f16() -> None:
+    x = np.full((1, 32), -65504.0, np.float32)
+    check_weights(x, "f16", "w")
+    assert np.isfinite(encode_rows("f16", x).view("<f2")).all()
+    with pytest.raises(WeightsError, match="too large for f16"):
+        check_weights(x * 2, "f16", "w")
+    check_weights(x * 2, "bf16", "w")
+    check_weights(x * 126, "q8_0", "w")
+    with pytest.raises(WeightsError, match="too large for q8_0"):
+        check_weights(x * 128, "q8_0", "w")

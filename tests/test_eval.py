@@ -1,0 +1,197 @@
+"""``ccq-convert eval``: the numbers of llama-perplexity, from the bundled model and text.
+
+The expected figures were printed by ``llama-perplexity`` of the pinned llama.cpp (its own build, one thread) for the
+same files: ``-f examples/heldout.txt -c 256 --chunks 8`` and so on, the divergences by ``--kl-divergence``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ccq_converters import evaluate, hf2gguf, llama
+from ccq_converters.cli import main
+from ccq_converters.plan import QuantOptions
+from ccq_converters.quantize import sources_of
+from ccq_converters.stream import write_model
+from ccq_format.errors import EvalError, InputError
+from ccq_format.gguf_io import open_model
+from click.testing import CliRunner
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+TEXT = EXAMPLES / "heldout.txt"
+
+SAME = 2e-4
+"""Relative difference allowed to llama-perplexity's figures: other instruction sets sum products in another order, and
+the KV cache is f16 (2^-11 relative per stored value).  On the machine that printed the figures all digits agree."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundled model as f16, q8_0 and llama.cpp's own Q2_K (embedding and output q8_0)."""
+    folder = tmp_path_factory.mktemp("models")
+    out = {name: folder / f"{name}.gguf" for name in ("f16", "q8_0", "q2_k", "bos")}
+    for name in ("f16", "q8_0"):
+        hf2gguf.convert(EXAMPLES / "manllama-4m", out[name], QuantOptions(name))
+    lib = llama.library()
+    params = lib.llama_model_quantize_default_params()
+    params.ftype, params.pure = lib.LLAMA_FTYPE_MOSTLY_Q2_K, True
+    params.output_tensor_type = params.token_embedding_type = lib.GGML_TYPE_Q8_0
+    assert lib.llama_model_quantize(str(out["f16"]).encode(), str(out["q2_k"]).encode(), params) == 0
+    model = open_model(out["f16"])
+    model.fields.pop("tokenizer.ggml.add_bos_token")
+    write_model(
+        out["bos"],
+        arch=model.arch,
+        copy_from=model,
+        set_metadata=lambda writer: writer.add_add_bos_token(True),
+        sources=sources_of(model),
+        options=QuantOptions("f16"),
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    # All evaluations here run on one thread: ggml's threads spin while they wait, which crawls on a busy machine.
+    return evaluate.read_text(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_ctx", "windows", "ppl", "ppl_stderr"),
+    [
+        ("f16", 256, 8, 4.3151, 0.30195),
+        ("bos", 256, 8, 4.3202, 0.30192),  # the first token of every window replaced by BOS
+        ("f16", 100, 20, 7.2247, 0.59074),  # 20 windows share a batch of 2000
+        ("f16", 3000, 2, 77.6975, 4.25153),  # a window takes two batches
+    ],
+)
+def test_perplexity_is_that_of_llama_perplexity(
+    files: dict[str, Path], text: str, name: str, n_ctx: int, windows: int, ppl: float, ppl_stderr: float
+) -> None:
+    result = evaluate.evaluate(files[name], text, n_ctx=n_ctx, max_windows=windows, threads=1)
+    assert result.ppl == pytest.approx(ppl, rel=SAME)
+    assert result.ppl_stderr == pytest.approx(ppl_stderr, rel=5 * SAME)
+    assert (result.windows, result.scored) == (windows, windows * (n_ctx - 1 - n_ctx // 2))
+    assert result.kld_mean is None
+
+
+@pytest.mark.parametrize(
+    ("name", "ppl", "kld", "kld_p99", "top1"),
+    [("q8_0", 4.312793, 0.000171, 0.000971, 99.114), ("q2_k", 4.588566, 0.092131, 0.520980, 83.760)],
+)
+def test_divergence_is_that_of_llama_perplexity(
+    files: dict[str, Path], text: str, name: str, ppl: float, kld: float, kld_p99: float, top1: float
+) -> None:
+    result = evaluate.evaluate(files[name], text, base_path=files["f16"], max_windows=8, threads=1)
+    assert result.ppl == pytest.approx(ppl, rel=SAME)
+    assert result.ppl_base == pytest.approx(4.315080, rel=SAME)
+    # llama-perplexity rounds the base to 16 bits and leaves out tokens below e^-16: 3e-5 here, 1e-6 on q8_0.
+    assert result.kld_mean == pytest.approx(kld, rel=0.01, abs=4e-5 if name == "q2_k" else 2e-6)
+    assert result.kld_p99 == pytest.approx(kld_p99, rel=0.01, abs=1e-5)
+    assert result.top1 is not None
+    assert 100 * result.top1 == pytest.approx(top1, abs=0.25)  # two of 1016 near-ties
+
+
+def test_a_model_does_not_diverge_from_itself(files: dict[str, Path], text: str) -> None:
+    result = evaluate.evaluate(files["q2_k"], text, base_path=files["q2_k"], max_windows=2, threads=1)
+    assert (result.kld_mean, result.kld_p99, result.top1) == (0.0, 0.0, 1.0)
+    assert result.ppl == result.ppl_base and result.ppl_stderr == result.ppl_base_stderr
+
+
+def test_log_probabilities_by_definition(files: dict[str, Path], text: str) -> None:
+    """One window alone, one token at a time, with plain float64 arithmetic: no batching, no parallel sequences."""
+    n_ctx = 64
+    with llama.LlamaModel(files["q8_0"], n_ctx=n_ctx, threads=1, exact=True) as model:
+        tokens = model.tokenize(text)[: 2 * n_ctx]
+        nll = []
+        for window in range(2):
+            model.clear()
+            part = tokens[window * n_ctx : (window + 1) * n_ctx]
+            for position in range(n_ctx - 1):
+                logits = model.decode([part[position]], [position], [0], [True])[0].astype(np.float64)
+                if position >= n_ctx // 2:
+                    nll.append(np.log(np.exp(logits).sum()) - logits[part[position + 1]])
+    result = evaluate.evaluate(files["q8_0"], text, n_ctx=n_ctx, max_windows=2, threads=1, exact=True)
+    assert result.scored == len(nll) == 62
+    # One token and a batch of 128 take different kernels for q8_0, both with int8 activations.
+    assert result.ppl == pytest.approx(np.exp(np.mean(nll)), rel=1e-3)
+    assert result.ppl_stderr == pytest.approx(result.ppl * np.std(nll) / np.sqrt(len(nll) - 1), rel=5e-3)
+
+
+def test_log_softmax_survives_large_logits() -> None:
+    rows = np.array([[1e4, 1e4 - 1, -1e4], [-3e38, 0, 3e38]], np.float32)
+    logp = evaluate.log_softmax(rows)
+    np.testing.assert_allclose(logp[0, :2], -np.log1p(np.exp([-1.0, 1.0])), rtol=1e-12)
+    assert np.isfinite(logp).all()
+
+
+def test_cli(files: dict[str, Path]) -> None:
+    command = ["eval", str(files["q8_0"]), "--text", str(TEXT), "--base", str(files["f16"]), "--windows", "2"]
+    command += ["--threads", "1"]
+    result = CliRunner().invoke(main, [*command, "--json", "--ctx", "64"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert {"ppl", "ppl_stderr", "kld_mean", "kld_p99", "top1"} <= report.keys()
+    assert report["n_ctx"] == 64 and report["scored"] == 62
+    shown = CliRunner().invoke(main, [*command, "--ctx", "64"]).stdout
+    assert f"{report['ppl']:.4f}" in shown and f"{report['kld_mean']:.6f}" in shown
+    alone = json.loads(CliRunner().invoke(main, [*command[:4], "--windows", "2", "--threads", "1", "--json"]).stdout)
+    assert "kld_mean" not in alone and alone["n_ctx"] == 256
+
+
+def refused(*args: object) -> str:
+    result = CliRunner().invoke(main, ["eval", *map(str, args)])
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def test_what_cannot_be_evaluated(files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too little.")
+    assert "needs at least 512" in refused(files["f16"], "--text", tmp_path / "short.txt")
+    assert "short.bin" in refused(files["f16"], "--text", tmp_path / "short.bin")
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9" * 1000)
+    assert "no UTF-8" in refused(files["f16"], "--text", tmp_path / "latin1.txt")
+    assert "missing.gguf" in refused(tmp_path / "missing.gguf", "--text", TEXT)
+    with pytest.raises(EvalError, match="no such file"):
+        llama.LlamaModel(tmp_path / "missing.gguf", n_ctx=64)
+    with pytest.raises(InputError):
+        evaluate.evaluate(tmp_path / "missing.gguf", "text")
+
+
+def test_llama_cpps_own_reason_is_quoted(files: dict[str, Path], tmp_path: Path) -> None:
+    model = open_model(files["f16"])
+    write_model(
+        tmp_path / "odd.gguf",
+        arch=model.arch,
+        copy_from=model,
+        sources=[s for s in sources_of(model) if s.name != "blk.1.ffn_up.weight"],
+        options=QuantOptions("f16"),
+    )
+    line = refused(tmp_path / "odd.gguf", "--text", TEXT)
+    assert "llama.cpp refused the model" in line and "blk.1.ffn_up.weight" in line
+
+
+def test_only_the_last_newline_of_a_text_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_bytes("a\r\nb\n\n".encode())
+    assert evaluate.read_text(path) == "a\r\nb\n"
+
+
+def test_models_with_different_vocabularies(files: dict[str, Path], tmp_path: Path, text: str) -> None:
+    with pytest.raises(EvalError, match="vocabulary differs"):
+        evaluate.evaluate(files["f16"], text, base_path=_other_vocabulary(files["f16"], tmp_path), max_windows=1)
+
+
+def _other_vocabulary(path: Path, folder: Path) -> Path:
+    """The same model with two pieces of its vocabulary exchanged."""
+    model = open_model(path)
+    pieces = model.metadata["tokenizer.ggml.tokens"]
+    a, b = pieces.index("▁the"), pieces.index("▁of")
+    pieces[a], pieces[b] = pieces[b], pieces[a]
+    out = folder / "other.gguf"
+    write_model(out, arch=model.arch, copy_from=model, sources=sources_of(model), options=QuantOptions("f16"))
+    return out

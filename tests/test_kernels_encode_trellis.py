@@ -1,0 +1,160 @@
+"""The encoder of the T types: error, exactness at a given scale, importance, threads, refusals."""
+
+from __future__ import annotations
+
+import ccq_backend
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels_common import F32, T_LAYOUTS, U8, levels_and_scales, random_blocks, same_bits
+
+from ccq_format import errors
+from ccq_format.layouts import GROUP, Layout
+
+by_layout = pytest.mark.parametrize("layout", T_LAYOUTS, ids=lambda layout: layout.name)
+
+GAUSSIAN_RELMSE = {"ccq_t1_5": 0.146, "ccq_t2": 0.0730, "ccq_t2_5": 0.0370, "ccq_t3": 0.0188}
+"""Largest squared error over signal power of whole types on unit Gaussian weights."""
+
+
+def relmse(layout: Layout, w: F32, importance: F32 | None = None) -> float:
+    """Weighted squared error of encoding ``w`` [rows, cols] over its weighted power."""
+    decoded = ccq_backend.decode(layout, ccq_backend.encode(layout, w, importance)).astype(float)
+    factor = 1.0 if importance is None else importance.astype(float)
+    return float((factor * (decoded - w) ** 2).sum() / (factor * w.astype(float) ** 2).sum())
+
+
+@pytest.mark.slow
+@by_layout
+def test_gaussian_error_on_a_million_weights(layout: Layout) -> None:
+    w = np.random.default_rng(2026).standard_normal((1000, 1024)).astype(np.float32)
+    assert relmse(layout, w) <= GAUSSIAN_RELMSE[layout.name]
+
+
+@by_layout
+def test_gaussian_error_on_a_sample(layout: Layout) -> None:
+    # 64 Ki weights: the relative standard error of relmse is about sqrt(2 / 65536) = 0.6 %; three of those are allowed.
+    w = np.random.default_rng(5).standard_normal((64, 1024)).astype(np.float32)
+    assert relmse(layout, w) <= GAUSSIAN_RELMSE[layout.name] * 1.018
+
+
+@by_layout
+@pytest.mark.parametrize("name", ["laplace", "student"])
+def test_outliers_do_not_saturate(layout: Layout, name: str) -> None:
+    rng = np.random.default_rng(6)
+    size = (32, 1024)
+    w = rng.laplace(size=size) if name == "laplace" else rng.standard_t(5, size=size)
+    # One and a half times the Gaussian figure; with scales from the rms alone T3 has more than twice it.
+    assert relmse(layout, w.astype(np.float32)) <= 1.5 * GAUSSIAN_RELMSE[layout.name]
+
+
+@by_layout
+def test_error_does_not_depend_on_the_scale_of_the_weights(layout: Layout) -> None:
+    w = np.random.default_rng(8).standard_normal((2, 1024)).astype(np.float32)
+    blocks = ccq_backend.encode(layout, w)
+    for exponent in (-12, -3, 4):
+        scaled = ccq_backend.encode(layout, w * np.float32(2.0**exponent)).reshape(-1, layout.block_bytes)
+        expected = blocks.reshape(-1, layout.block_bytes).copy()
+        expected[:, 0] += np.uint8(8 * exponent % 256)
+        assert np.array_equal(scaled, expected)
+
+
+@by_layout
+def test_decoded_blocks_are_found_again_at_their_scale(layout: Layout) -> None:
+    rng = np.random.default_rng(9)
+    b = random_blocks(layout, 4, 600, rng)
+    b.reshape(-1, layout.block_bytes)[:256, 0] = np.arange(256)
+    decoded = ccq_backend.decode(layout, b)
+    scales = np.stack([levels_and_scales(layout, row)[1] for row in b])
+    assert same_bits(ccq_backend.decode(layout, ccq_backend.encode(layout, decoded, scales=scales)), decoded)
+    importance = np.exp(rng.normal(0, 2, decoded.shape)).astype(np.float32)
+    again = ccq_backend.encode(layout, decoded, importance, scales=scales)
+    assert same_bits(ccq_backend.decode(layout, again), decoded)
+
+
+@by_layout
+def test_repetitive_blocks_are_found_again(layout: Layout) -> None:
+    patterns = [0x00, 0xFF, 0xAA, 0x55, 0x33, 0x0F, 0x24, 0x92, 0x49, 0x11, 0x77, 0xF0]
+    b = np.array([[180] + [p] * (layout.block_bytes - 1) for p in patterns], np.uint8).reshape(1, -1)
+    decoded = ccq_backend.decode(layout, b)
+    scales = levels_and_scales(layout, b[0])[1][None]
+    assert same_bits(ccq_backend.decode(layout, ccq_backend.encode(layout, decoded, scales=scales)), decoded)
+
+
+@given(st.sampled_from(T_LAYOUTS), st.integers(0, 2**32 - 1), st.floats(-40, 40))
+@settings(max_examples=25, deadline=None)
+def test_importance_matters_only_by_its_ratios(layout: Layout, seed: int, exponent: float) -> None:
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((2, 128)).astype(np.float32)
+    importance = np.exp(rng.normal(0, 1, 128)).astype(np.float32)
+    blocks = ccq_backend.encode(layout, w, importance)
+    assert np.array_equal(ccq_backend.encode(layout, w, importance * np.float32(2.0 ** int(exponent))), blocks)
+    assert np.array_equal(ccq_backend.encode(layout, w, np.broadcast_to(importance, w.shape)), blocks)
+
+
+@by_layout
+def test_importance_lowers_the_weighted_error(layout: Layout) -> None:
+    rng = np.random.default_rng(10)
+    w = rng.standard_normal((16, 1024)).astype(np.float32)
+    importance = np.exp(rng.normal(0, 1.5, w.shape)).astype(np.float32)
+    plain = ccq_backend.decode(layout, ccq_backend.encode(layout, w)).astype(float)
+    without = float((importance * (plain - w) ** 2).sum() / (importance * w.astype(float) ** 2).sum())
+    assert relmse(layout, w, importance) < 0.7 * without
+
+
+@by_layout
+def test_zero_importance_means_ones(layout: Layout) -> None:
+    w = np.random.default_rng(12).standard_normal((1, 128)).astype(np.float32)
+    importance = np.zeros(128, np.float32)
+    assert np.array_equal(ccq_backend.encode(layout, w, importance), ccq_backend.encode(layout, w))
+
+
+@by_layout
+def test_same_bytes_for_any_number_of_threads(layout: Layout) -> None:
+    rng = np.random.default_rng(13)
+    w = rng.standard_t(4, (3, 64 * 40)).astype(np.float32)
+    importance = np.exp(rng.normal(0, 1, w.shape[1])).astype(np.float32)
+    one = ccq_backend.encode(layout, w, importance, threads=1)
+    for threads in (0, 2, 3, 8):
+        assert np.array_equal(ccq_backend.encode(layout, w, importance, threads=threads), one)
+
+
+@by_layout
+def test_extreme_weights(layout: Layout) -> None:
+    w = np.zeros((6, GROUP), np.float32)
+    w[1, 5] = 1e-38
+    w[2] = 3.4e38
+    w[3, ::2], w[3, 1::2] = 1e38, -1e-38
+    w[4] = -3810.0  # 127 * 30: the end of the range
+    w[5, 0] = 1000.0
+    blocks: U8 = ccq_backend.encode(layout, w)
+    decoded = ccq_backend.decode(layout, blocks)
+    assert not blocks[0].any()
+    assert not decoded[0].any()
+    assert np.abs(decoded[1]).max() <= 127 * 2.0**-27
+    # Not every sequence of extreme levels is a code word, so only sign and size can be asked for.
+    assert decoded[2].min() > 0
+    assert decoded[2].mean() > 2000
+    assert np.isfinite(decoded).all()
+    assert decoded[4].max() < 0
+    assert decoded[4].mean() < -2000
+    assert decoded[5, 0] > 500  # the scale that fits the block's rms of 125 reaches 127 / 52 of that, 305
+
+
+@by_layout
+def test_refusals(layout: Layout) -> None:
+    good = np.ones((2, GROUP), np.float32)
+    for value in (np.nan, np.inf, -np.inf):
+        bad = good.copy()
+        bad[1, 63] = value
+        with pytest.raises(errors.WeightsError):
+            ccq_backend.encode(layout, bad)
+        with pytest.raises(errors.ImportanceError):
+            ccq_backend.encode(layout, good, bad)
+    with pytest.raises(errors.ImportanceError):
+        ccq_backend.encode(layout, good, -good)
+    for scale in (0.3, -1.0, 31.0, 2.0**-28, np.nan, np.inf):
+        with pytest.raises(errors.BackendError):
+            ccq_backend.encode(layout, good, scales=np.full((2, 1), scale, np.float32))
+    assert not ccq_backend.encode(layout, good, scales=np.zeros((2, 1), np.float32)).any()

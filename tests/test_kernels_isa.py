@@ -1,0 +1,116 @@
+"""Kernel sets: the table, ``CCQ_ISA``, and equal results from all of them."""
+
+from __future__ import annotations
+
+import json
+import platform
+
+import ccq_backend
+import pytest
+from kernels_common import run_python
+
+from ccq_format.layouts import LAYOUTS
+
+SUPPORTED = [name for name, supported in ccq_backend.isas() if supported]
+
+# Everything that a kernel set computes, on data from one seed, as one digest per type and operation.
+DIGESTS = """
+import hashlib, json, sys
+import numpy as np
+import ccq_backend
+from ccq_format.layouts import GROUP, LAYOUTS, TrellisCode
+from kernels_common import ACT_BLOCK, random_blocks, sane_blocks
+
+def digest(a):
+    a = np.ascontiguousarray(a)
+    if a.dtype == np.float32:  # which NaN a product gives is not specified; decode's NaN is, and is tested elsewhere
+        a = np.where(np.isnan(a), np.float32(np.nan), a)
+    return hashlib.sha256(a.tobytes()).hexdigest()
+
+out = {"isa": ccq_backend.isa()}
+for layout in LAYOUTS:
+    rng = np.random.default_rng(int(sys.argv[1]) if len(sys.argv) > 1 else 21)
+    for blocks in (1, 2, 3, 4, 7, 9):
+        b = np.concatenate([sane_blocks(layout, 6, blocks, rng), random_blocks(layout, 13, blocks, rng)])
+        x = rng.standard_normal((5, blocks * layout.block_weights)).astype(np.float32)
+        act = ccq_backend.quantize_activations(x)
+        key = f"{layout.name} {blocks} "
+        out[key + "decode"] = digest(ccq_backend.decode(layout, b))
+        out[key + "quantize"] = digest(act)
+        out[key + "mul_mat"] = digest(ccq_backend.mul_mat(layout, b, act))
+        out[key + "mul_mat 1"] = digest(ccq_backend.mul_mat(layout, b, act[:1]))
+        out[key + "mul_mat 2"] = digest(ccq_backend.mul_mat(layout, b, act[1:3]))
+    w = rng.standard_t(4, (3, 2 * layout.block_weights)).astype(np.float32)
+    importance = np.exp(rng.normal(0, 1, w.shape)).astype(np.float32)
+    out[layout.name + " encode"] = digest(ccq_backend.encode(layout, w))
+    out[layout.name + " encode weighted"] = digest(ccq_backend.encode(layout, w, importance))
+    if isinstance(layout.code, TrellisCode):
+        scales = np.full((3, 2), 2.0**-6, np.float32)
+        out[layout.name + " encode scaled"] = digest(ccq_backend.encode(layout, w, scales=scales))
+print(json.dumps(out))
+"""
+
+
+def test_the_table() -> None:
+    names = [name for name, _ in ccq_backend.isas()]
+    assert names[-1] == "scalar"
+    assert SUPPORTED[-1] == "scalar"
+    if platform.machine() == "x86_64":
+        assert names == ["avx512", "avx2", "scalar"]
+
+
+def test_the_best_supported_set_is_the_default() -> None:
+    run = run_python("import ccq_backend; print(ccq_backend.isa())", CCQ_ISA="")
+    assert run.stdout.strip() == SUPPORTED[0]
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_forced_set_is_the_one_that_runs(name: str) -> None:
+    run = run_python("import ccq_backend; print(ccq_backend.isa())", CCQ_ISA=name)
+    assert run.stdout.strip() == name
+
+
+EVERY_CALL = """
+import numpy as np
+import ccq_backend
+from ccq_format import errors
+act = np.zeros((1, 72), np.uint8)
+calls = [
+    lambda: ccq_backend.isa(),
+    lambda: ccq_backend.decode("ccq_t2", np.zeros((1, 17), np.uint8)),
+    lambda: ccq_backend.encode("ccq_t2", np.zeros((1, 64), np.float32)),
+    lambda: ccq_backend.quantize_activations(np.zeros((1, 64), np.float32)),
+    lambda: ccq_backend.vec_dot("ccq_t2", np.zeros((1, 17), np.uint8), act),
+    lambda: ccq_backend.mul_mat("ccq_t2", np.zeros((1, 17), np.uint8), act),
+]
+for call in calls:
+    try:
+        call()
+    except errors.BackendError as e:
+        print(e.reason)
+"""
+
+
+def test_an_unknown_set_is_an_error_everywhere() -> None:
+    run = run_python(EVERY_CALL, CCQ_ISA="sse9")
+    assert run.stdout.splitlines() == ["CCQ_ISA names no kernel set of this build"] * 6, run.stderr
+
+
+@pytest.mark.skipif(len(SUPPORTED) == len(ccq_backend.isas()), reason="this CPU runs every set of the build")
+def test_an_unsupported_set_is_an_error_everywhere() -> None:
+    name = next(name for name, supported in ccq_backend.isas() if not supported)
+    run = run_python(EVERY_CALL, CCQ_ISA=name)
+    assert run.stdout.splitlines() == ["CCQ_ISA names a kernel set that this CPU cannot run"] * 6, run.stderr
+
+
+def test_all_supported_sets_agree_bit_for_bit() -> None:
+    results = {}
+    for name in SUPPORTED:
+        run = run_python(DIGESTS, CCQ_ISA=name)
+        assert run.returncode == 0, run.stderr
+        results[name] = json.loads(run.stdout)
+        assert results[name].pop("isa") == name
+    reference = results["scalar"]
+    assert len(reference) >= len(LAYOUTS) * 32
+    for name, result in results.items():
+        assert {k for k in reference if result[k] != reference[k]} == set(), name

@@ -1,0 +1,196 @@
+"""Tiny random models of every family with real tokenizers, as Hugging Face folders, for the converter's tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "manllama-4m"
+
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_REGEX = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + TAIL
+QWEN2_REGEX = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + TAIL
+
+TRAINING_TEXT = [
+    "The quick brown fox doesn't jump over 12345 lazy dogs; it reads the manual page of ls(1) instead.\n",
+    "int main(void) {\n    return 0;\n}\n\n\n   \t  indented    text, runs of spaces",
+    "Grüße aus München, Ελληνικά, русский текст, 日本語, 🚀🦙 emoji!",
+] * 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny model: ``config`` goes to the config class of ``family``; the rest says how it is saved."""
+
+    name: str
+    family: str
+    config: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    shards: bool = False
+    fused: bool = False
+    old_config: bool = False
+
+
+CONFIG_CLASSES: dict[str, Callable[..., Any]] = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "mixtral": transformers.MixtralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "qwen3_moe": transformers.Qwen3MoeConfig,
+}
+SPM_FAMILIES = ("llama", "mistral", "mixtral")
+
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_MOE = {**MOE, "moe_intermediate_size": 32, "norm_topk_prob": True}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+
+CASES = [
+    Case("llama-biases-head-dim", "llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+    Case("llama3-rope-tied-bf16", "llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}, torch.bfloat16),
+    Case("llama3-rope-old-config", "llama", {"rope_parameters": LLAMA3_ROPE}, old_config=True),
+    Case("llama-linear-rope", "llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    Case("llama-yarn", "llama", {"rope_parameters": YARN, "num_key_value_heads": 4}),
+    Case("mistral-sharded", "mistral", {"sliding_window": None, "head_dim": 24}, shards=True),
+    Case("mixtral", "mixtral", {**MOE}, torch.bfloat16),
+    Case("mixtral-fused", "mixtral", {**MOE, "head_dim": 32}, fused=True),
+    Case("qwen2", "qwen2", {}, torch.float16),
+    Case("qwen2-tied-old-config", "qwen2", {"tie_word_embeddings": True}, old_config=True),
+    Case("qwen3-tied", "qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    Case("qwen3-yarn", "qwen3", {"head_dim": 16, "rope_parameters": {**YARN, "rope_theta": 1e6}}),
+    Case("qwen3-moe", "qwen3_moe", {**QWEN_MOE, "head_dim": 32}, torch.bfloat16, shards=True),
+    Case("qwen3-moe-fused", "qwen3_moe", {**QWEN_MOE}, fused=True),
+]
+EXTRA_CASES = [
+    Case("llama-yarn-attention-factor", "llama", {"rope_parameters": {**YARN, "attention_factor": 1.4}}),
+    Case("llama-mha-default", "llama", {"num_key_value_heads": 4}),
+]
+"""Where we leave upstream on purpose, or have nothing to compare: see ``test_upstream``."""
+
+
+def build(case: Case, folder: Path, vocab_size: int | None = None) -> None:
+    """Save ``case`` with seeded random weights to ``folder``, without a tokenizer if ``vocab_size`` is given."""
+    spm = case.family in SPM_FAMILIES
+    config = CONFIG_CLASSES[case.family](
+        **{
+            "vocab_size": vocab_size or (4096 if spm else bpe_tokenizer("qwen2").get_vocab_size() + 3),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1 if spm else None,
+            "eos_token_id": 2 if spm else 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0},
+            **case.config,
+        }
+    )
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            # Large enough that attention is far from uniform and that every norm and bias counts.
+            scale = 0.3 if name.endswith(("norm.weight", ".bias")) else 2.0 / weight.shape[-1] ** 0.5
+            weight.normal_(0.0, scale)
+            if name.endswith("norm.weight"):
+                weight.add_(1.0)
+    model.to(case.dtype).save_pretrained(
+        folder, max_shard_size="60KB" if case.shards else "1GB", save_original_format=not case.fused
+    )
+    if case.old_config:
+        make_config_old(folder)
+    if vocab_size is None:
+        if spm:
+            copy_sentencepiece(folder)
+        else:
+            save_bpe(folder, "qwen2")
+
+
+def make_config_old(folder: Path) -> None:
+    """Rewrite config.json as transformers 4 wrote it."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.46.0"
+    for key in ("head_dim", "layer_types"):
+        config.pop(key, None)
+    path.write_text(json.dumps(config))
+
+
+def copy_sentencepiece(folder: Path) -> None:
+    """Put the bundled SentencePiece tokenizer (4096 pieces) into ``folder``."""
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(EXAMPLE / name, folder / name)
+
+
+@cache
+def bpe_tokenizer(style: str) -> Tokenizer:
+    """A small byte-level BPE tokenizer cut like Llama 3's (``llama3``) or Qwen's (``qwen2``)."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=style == "llama3"))
+    if style == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    regex = Regex(LLAMA3_REGEX if style == "llama3" else QWEN2_REGEX)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(regex, "isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|end|>", "<|begin|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False, special=False)])
+    if style == "llama3":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|begin|> $A", pair="<|begin|> $A <|begin|> $B", special_tokens=[("<|begin|>", 1)]
+        )
+    return tokenizer
+
+
+def save_bpe(folder: Path, style: str) -> None:
+    """Put :func:`bpe_tokenizer` with its tokenizer_config.json and a chat template into ``folder``."""
+    bpe_tokenizer(style).save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+        "chat_template": "{% for m in messages %}<|begin|>{{ m['content'] }}<|end|>{% endfor %}",
+    }
+    if style == "qwen2":
+        config |= {"add_bos_token": False, "add_prefix_space": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,0 +1,123 @@
+"""Our F32 files against those of llama.cpp's own ``convert_hf_to_gguf.py``: the same tensors, the same keys.
+
+``KEYS`` and ``DIFFERENT`` list all differences there may be.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ccq_converters.hf2gguf import convert
+from ccq_converters.plan import QuantOptions
+from ccq_format.gguf_io import Model, open_model
+
+from .fetch import source_tree
+from .models import CASES, EXAMPLE, EXTRA_CASES, SPM_FAMILIES, Case, build, copy_sentencepiece
+from .vocabs import Vocabulary
+
+pytestmark = pytest.mark.upstream
+
+KEYS = {
+    # The bundled tokenizer has one user-defined piece, the newline, which upstream stores as a normal one.
+    "tokenizer.ggml.token_type": "SentencePiece's user-defined pieces keep their type",
+}
+"""Keys whose values may differ."""
+
+DIFFERENT = {
+    # llama.cpp ignores yarn_attn_factor and multiplies its own factor by this key.
+    "llama-yarn-attention-factor": {"llama.rope.scaling.attn_factor"},
+}
+"""Keys that only our file has, per case."""
+
+UPSTREAM_CANNOT = {"mixtral-fused"}
+"""Upstream's converter stops with an error at this layout of transformers 5; the separate one gives the same file."""
+
+
+@cache
+def vocabulary(name: str) -> Vocabulary:
+    return Vocabulary(source_tree(), name)
+
+
+def by_upstream(folder: Path, out: Path) -> Model:
+    """Convert ``folder`` with the pinned sources in a process of its own."""
+    command = [sys.executable, str(source_tree() / "convert_hf_to_gguf.py"), str(folder)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "--outtype", "f32", "--outfile", str(out)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return open_model(out)
+
+
+def assert_equal_files(ours: Model, theirs: Model, more: set[str]) -> None:
+    """Same tensors bit for bit, same keys with the same values and value types, but for what is listed."""
+    assert {t.name for t in ours.tensors} == {t.name for t in theirs.tensors}
+    expected = {t.name: t for t in theirs.tensors}
+    for tensor in ours.tensors:
+        other = expected[tensor.name]
+        assert (tensor.shape, tensor.type_name) == (other.shape, other.type_name), tensor.name
+        mine, its = tensor.data(), other.data()
+        if tensor.name == "rope_freqs.weight":
+            # A power in float32, by numpy here and by torch there: the last bit may differ.
+            np.testing.assert_allclose(mine, its, rtol=3e-7)
+        else:
+            np.testing.assert_array_equal(mine, its, err_msg=tensor.name)
+    assert set(ours.fields) - set(theirs.fields) == more
+    assert set(theirs.fields) - set(ours.fields) == set()
+    for key, field in theirs.fields.items():
+        if key in KEYS:
+            continue
+        assert (key, field.type, field.sub_type) == (key, ours.fields[key].type, ours.fields[key].sub_type)
+        assert (key, field.value) == (key, ours.fields[key].value)
+
+
+@pytest.mark.parametrize("case", CASES + EXTRA_CASES, ids=lambda case: case.name)
+def test_same_file(case: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "Tiny-Model-v2-Instruct"
+    if case.family in SPM_FAMILIES:
+        build(case, folder)
+    else:
+        qwen = vocabulary("qwen2")
+        build(case, folder, len(qwen.tokens))
+        qwen.save_byte_level(folder)
+    ours = tmp_path / "ours.gguf"
+    convert(folder, ours, QuantOptions("f32"), progress=False)
+    if case.name in UPSTREAM_CANNOT:
+        folder = tmp_path / "again" / folder.name
+        build(Case(case.name, case.family, case.config, case.dtype), folder)
+    theirs = by_upstream(folder, tmp_path / "theirs.gguf")
+    assert_equal_files(open_model(ours), theirs, DIFFERENT.get(case.name, set()))
+
+
+def test_same_file_llama3_vocabulary(tmp_path: Path) -> None:
+    """Also shows that upstream knows the pre-tokenizer of the rebuilt tokenizer.json by its hash."""
+    folder = tmp_path / "Tiny-Llama-3"
+    llama = vocabulary("llama-bpe")
+    build(Case("llama3", "llama", {"tie_word_embeddings": True}), folder, len(llama.tokens))
+    llama.save_byte_level(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    ours = tmp_path / "ours.gguf"
+    convert(folder, ours, QuantOptions("f32"), progress=False)
+    theirs = by_upstream(folder, tmp_path / "theirs.gguf")
+    assert_equal_files(open_model(ours), theirs, set())
+
+
+@pytest.mark.parametrize("type_name", ["f16", "bf16", "q8_0"])
+def test_file_type(type_name: str, tmp_path: Path) -> None:
+    """``general.file_type`` of the other plain types is upstream's; the bundled model as it is."""
+    ours = tmp_path / "ours.gguf"
+    convert(EXAMPLE, ours, QuantOptions(type_name), progress=False)
+    folder = tmp_path / "manllama-4m"
+    build(Case("small", "llama", {"num_hidden_layers": 1}), folder)
+    copy_sentencepiece(folder)
+    out = tmp_path / "theirs.gguf"
+    command = [sys.executable, str(source_tree() / "convert_hf_to_gguf.py"), str(folder)]
+    subprocess.run([*command, "--outtype", type_name, "--outfile", str(out)], check=True, capture_output=True)
+    assert open_model(ours).fields["general.file_type"].value == open_model(out).fields["general.file_type"].value
