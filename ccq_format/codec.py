@@ -366,9 +366,10 @@ def _encode_paper(layout: Layout, target: np.ndarray, cost: np.ndarray, given: P
         _put(layout, blocks, "code_scale", _per_block(given.code_scale, n, 1).astype(np.float32))
         _put(layout, blocks, "code_zp", _per_block(given.code_zp, n, 1).astype(np.float32))
         _put(layout, blocks, "scales", (local[:, 0::2] << 4 | local[:, 1::2]).astype(np.uint8))
-    scale = (local.astype(np.float32) * _super_scale(layout, blocks)).astype(np.float64)
-    if not np.isfinite(scale).all():
-        raise ValueError("a group scale is not finite")
+    with np.errstate(over="ignore"):
+        scale = (local.astype(np.float32) * _super_scale(layout, blocks)).astype(np.float64)
+    if not (np.abs(scale) * code.zero_point <= np.finfo(np.float32).max).all():  # the largest integer is -zero_point
+        raise ValueError("a group scale is too large: weights would be infinite")
     target = target.astype(np.float64).reshape(n, groups, GROUP)
     cost = cost.reshape(n, groups, GROUP)
     shifts = np.array(code.shifts, dtype=np.int32)

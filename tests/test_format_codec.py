@@ -177,6 +177,23 @@ def test_viterbi_leaves_nothing_to_gain_away_from_the_seam(layout: Layout) -> No
         assert (weight * (wanted - codec.decode(layout, others)) ** 2).sum(axis=1).min() >= best * (1 - 1e-9)
 
 
+@every_t
+def test_viterbi_closes_the_path_at_a_good_seam(layout: Layout) -> None:
+    """The window in the middle of the doubled cycle makes a better seam than the one at its free end, which knows
+    nothing of what lies before it (measured: 5 to 15 % lower cost).  And the lower bound holds: a closed path walked
+    twice is one of the free paths around the cycle twice."""
+    target = np.random.default_rng(11).normal(size=(16, GROUP)) * 45
+    importance = np.ones_like(target)
+
+    def cost(path: np.ndarray) -> np.ndarray:
+        return ((target - codec.levels(layout).astype(np.float64)[path]) ** 2).sum(axis=1)
+
+    free = codec._best_path(layout, np.tile(target, 2), np.tile(importance, 2), seam=None)
+    closed = cost(codec.viterbi(layout, target, importance))
+    assert (closed >= (cost(free[:, :GROUP]) + cost(free[:, GROUP:])) / 2 - 1e-6).all()
+    assert closed.sum() < 0.98 * cost(codec._best_path(layout, target, importance, seam=free[:, 0])).sum()
+
+
 def test_viterbi_has_a_coding_gain() -> None:
     """At 2 bits the best scalar quantizer of a Gaussian leaves 0.1175 of the power, the limit is 0.0625."""
     layout = by_name("ccq_t2")
@@ -305,6 +322,7 @@ def test_encode_refuses_bad_parameters(layout: Layout) -> None:
         (good._replace(super_scale=np.array([1.0001], np.float32)), "no finite bf16"),
         (good._replace(local_scale=good.local_scale + (1 << layout.code.scale_bits)), "no integer of"),
         (good._replace(local_scale=good.local_scale + 0.5), "no integer of"),
+        (good._replace(super_scale=np.array([2.0**126], np.float32)), "weights would be infinite"),
         (good._replace(local_scale=good.local_scale[:, :1]), "parameters where"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -131,17 +131,17 @@ def cpu_rows(target: Target, build: Path) -> list[dict[str, object]]:
         lanes, each = AFTER[isa]
         extract = kinds["counted"] / int(blocks)
         rows.append(
-            dict(
-                isa=isa,
-                arrangement=arrangement,
-                type=type_name,
-                blocks=blocks,
-                check=result,
-                extract=extract,
-                total=extract + 64 / lanes * each,
-                memory=kinds["memory"] / int(blocks),
-                instructions=" ".join(f"{n}*{op}" for op, n in sorted(ops.items())),
-            )
+            {
+                "isa": isa,
+                "arrangement": arrangement,
+                "type": type_name,
+                "blocks": blocks,
+                "check": result,
+                "extract": extract,
+                "total": extract + 64 / lanes * each,
+                "memory": kinds["memory"] / int(blocks),
+                "instructions": " ".join(f"{n}*{op}" for op, n in sorted(ops.items())),
+            }
         )
     return rows
 
@@ -175,17 +175,17 @@ def cuda_rows(cuobjdump: str, build: Path) -> list[dict[str, object]]:
                 left["IDP.4A.S8.S8"] += 8  # the eight dp4a of the baseline are part of the kernel
             per_block = left.total() * 64 // int(steps)
             rows.append(
-                dict(
-                    isa=arch,
-                    arrangement=f"{steps}steps" if kind == "windows" else "16steps-whole",
-                    type=f"CCQ_{type_name}",
-                    blocks=1,
-                    check=checked[f"windows_{steps}_{type_name}"][2],
-                    extract=per_block if kind == "windows" else "",
-                    total=per_block if kind == "dot" else "",
-                    memory="",
-                    instructions=" ".join(f"{n}*{op}" for op, n in sorted(left.items())),
-                )
+                {
+                    "isa": arch,
+                    "arrangement": f"{steps}steps" if kind == "windows" else "16steps-whole",
+                    "type": f"CCQ_{type_name}",
+                    "blocks": 1,
+                    "check": checked[f"windows_{steps}_{type_name}"][2],
+                    "extract": per_block if kind == "windows" else "",
+                    "total": per_block if kind == "dot" else "",
+                    "memory": "",
+                    "instructions": " ".join(f"{n}*{op}" for op, n in sorted(left.items())),
+                }
             )
     return rows
 
