@@ -61,7 +61,7 @@ class _LogHandler(logging.Handler):
         click.echo(f"Warning: {record.getMessage()}", err=True)
 
 
-def _show_warning(message: Warning | str, *_details: Any) -> None:
+def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
     click.echo(f"Warning: {_one_line(message)}", err=True)
 
 
@@ -69,18 +69,15 @@ def _one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
-class _Override(click.ParamType):
-    """``REGEX=TYPE``; the last ``=`` separates, because no type has one in its name."""
-
-    name = "REGEX=TYPE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        if isinstance(value, tuple):
-            return value
-        pattern, separator, target = str(value).rpartition("=")
-        if not separator or not pattern or not target:
-            self.fail(f"'{value}' is not of the form REGEX=TYPE", param, ctx)
-        return pattern, target
+def _overrides(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Split ``REGEX=TYPE`` at the last ``=``, because no type has one in its name."""
+    pairs = []
+    for value in values:
+        pattern, _, target = value.rpartition("=")
+        if not pattern or not target:
+            raise click.BadParameter(f"'{value}' is not of the form REGEX=TYPE")
+        pairs.append((pattern, target))
+    return pairs
 
 
 def _quant_options(command: _F) -> _F:
@@ -98,7 +95,8 @@ def _quant_options(command: _F) -> _F:
         click.option(
             "--tensor-type",
             "overrides",
-            type=_Override(),
+            metavar="REGEX=TYPE",
+            callback=_overrides,
             multiple=True,
             help="Another type for the tensors whose GGUF name the pattern is found in; the first that matches wins.",
         ),
@@ -113,13 +111,13 @@ def _quant_options(command: _F) -> _F:
 
 
 def _options(
-    output: Path | None, type_name: str, overrides: tuple[tuple[str, str], ...], threads: int, **flags: bool
+    output: Path | None, type_name: str, overrides: list[tuple[str, str]], threads: int, **flags: bool
 ) -> tuple[Path, QuantOptions]:
     if output is None and not flags["dry_run"]:
         raise click.UsageError("Missing option '-o' / '--output'.")
     options = QuantOptions(
         type_name,
-        overrides=list(overrides),
+        overrides=overrides,
         threads=threads,
         fallback=not flags["no_fallback"],
         overwrite=flags["overwrite"],

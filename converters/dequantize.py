@@ -8,7 +8,7 @@ from ccq_format.errors import OutputError, PlanError
 from ccq_format.gguf_io import open_model
 
 from .plan import COPIED_TYPES, Plan, PlannedTensor, QuantOptions, TensorSource, row_bytes
-from .quantize import source_of
+from .quantize import refuse_parts, source_of
 from .stream import write_planned
 
 
@@ -34,6 +34,7 @@ def dequantize(
     model = open_model(in_path)
     if os.path.exists(out_path) and os.path.samefile(in_path, out_path):
         raise OutputError("input and output are the same file", file=out_path)
+    refuse_parts(model)
     tensors = [_planned(source_of(info), target) for info in model.tensors]
     plan = Plan(tensors, 0, 0, "")
     options = QuantOptions(target, overwrite=overwrite)

@@ -15,17 +15,30 @@ _F16_MAX = 65504.0
 _Q8_0_MAX = _F16_MAX * 127
 
 
-def error_weights(x: NDArray[np.float32], importance: NDArray[np.float32] | None) -> NDArray[np.float32]:
+def error_weights(
+    x: NDArray[np.float32], importance: NDArray[np.float32] | None, layout: layouts.Layout
+) -> NDArray[np.float32]:
     """Weights of the squared error of each element of ``x`` (float32 ``[rows, row_len]``), of the same shape.
 
-    ``sqrt(mean of the row's x^2 + x^2)``, times ``sqrt(importance)`` where there is one (float32 ``[row_len]`` or
-    ``[rows, row_len]``).  The first factor is the weighting of llama.cpp's ``quantize_row_*`` with an importance
-    matrix (``sqrtf(sigma2 + x[i] * x[i])``); on small trained models it lowers the KL divergence well below that of
-    plain squared error, because large weights must not shrink, and the square root of the importance does better
-    than the importance itself.
+    ``(mean of the row's x^2 + x^2)^p``, times ``sqrt(importance)`` where there is one (float32 ``[row_len]`` or
+    ``[rows, row_len]``), with p = 1/2 for the P types and 1/4 for the T types.
+
+    p = 1/2 is llama.cpp's own weighting under its importance matrix (``sqrtf(sigma2 + x[i] * x[i])``): large weights
+    must not shrink.  Mean KL divergence to f16 without importance, 5080 tokens of technical English, for p = 0, 1/4
+    and 1/2; two Llama models of 4 and 16 million parameters:
+
+    ====================  ======  ======  ======
+    CCQ_P2_5, 4 M         0.1456  0.1392  0.1362
+    CCQ_P2, 16 M          0.1115  0.1013  0.0998
+    CCQ_T2, 4 M           0.0973  0.0930  0.1006
+    CCQ_T2, 16 M          0.0714  0.0677  0.0674
+    CCQ_T3, 4 M           0.0195  0.0209  0.0214
+    ====================  ======  ======  ======
     """
     square = np.square(x, dtype=np.float32)
     weights = np.sqrt(square + square.mean(axis=1, keepdims=True, dtype=np.float32))
+    if isinstance(layout.code, layouts.TrellisCode):
+        weights = np.sqrt(weights)
     if importance is not None:
         weights = weights * np.sqrt(importance, dtype=np.float32)
     return np.ascontiguousarray(weights, dtype=np.float32)
@@ -45,7 +58,8 @@ def rows_of_importance(
     if not (np.isfinite(table).all() and (table >= 0).all()):
         raise ImportanceError("an importance is negative, NaN or infinite", tensor=tensor)
     per_matrix = rows // table.shape[0]
-    return table[0] if table.shape[0] == 1 else table[np.arange(start, stop) // per_matrix]
+    part: NDArray[np.float32] = table[0] if table.shape[0] == 1 else table[np.arange(start, stop) // per_matrix]
+    return part
 
 
 def check_weights(x: NDArray[np.float32], target: str, tensor: str) -> None:
@@ -76,7 +90,10 @@ def encode_rows(
         import ccq_backend
 
         layout = layouts.by_name(target)
-        return ccq_backend.encode(layout, x, importance=error_weights(x, importance), threads=threads)
+        blocks: NDArray[np.uint8] = ccq_backend.encode(
+            layout, x, importance=error_weights(x, importance, layout), threads=threads
+        )
+        return blocks
     if target == "f32":
         return x.view(np.uint8)
     if target == "f16":

@@ -136,13 +136,13 @@ def _score(models: list[LlamaModel], tokens: list[int], windows: int) -> EvalRes
     same_top = 0
     for start in range(0, windows, models[0].n_seq):
         chunk = range(start, min(start + models[0].n_seq, windows))
-        for window, *logits in zip(chunk, *(window_logits(model, tokens, chunk) for model in models)):
+        for window, *logits in zip(chunk, *(window_logits(model, tokens, chunk) for model in models), strict=True):
             targets = np.array(tokens[window * n_ctx + first + 1 : (window + 1) * n_ctx])
             for low in range(0, len(targets), _ROWS):
                 part = slice(low, min(low + _ROWS, len(targets)))
                 at = np.arange(part.stop - part.start), targets[part]
                 logp = [log_softmax(rows[part]) for rows in logits]
-                for values, lp in zip(nll, logp):
+                for values, lp in zip(nll, logp, strict=True):
                     values.append(-lp[at])
                 if len(models) == 2:
                     kld.append((np.exp(logp[1]) * (logp[1] - logp[0])).sum(axis=1))
@@ -199,9 +199,10 @@ def window_logits(model: LlamaModel, tokens: list[int], windows: range) -> Itera
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """Natural logarithms of the probabilities, float64 ``[rows, n_vocab]``, of float32 logits of that shape."""
-    shifted = logits.astype(np.float64)
+    shifted: NDArray[np.float64] = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
 
 
 def _stderr(values: NDArray[np.float64]) -> float:

@@ -46,8 +46,9 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
     if not model_dir.is_dir():
         raise ModelError("no such folder", file=model_dir)
     family = family_of(model_dir)
-    vocab = load_vocab(model_dir, family.vocab_size)
+    # The tensors' shapes come first: they vouch for the sizes in the config before anything is built by them.
     sources = load_sources(family, Checkpoint(model_dir))
+    vocab = load_vocab(model_dir, family.vocab_size)
 
     def set_metadata(writer: gguf.GGUFWriter) -> None:
         write_metadata(writer, model_dir, family, vocab, sources, parse_type(options.type))
@@ -76,10 +77,6 @@ def load_sources(family: Family, checkpoint: Checkpoint) -> list[TensorSource]:
         used.add("lm_head.weight")
         stored -= used
     sources = []
-    factors = family.rope.frequency_factors(family.head_dim)
-    if factors is not None:
-        name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
-        sources.append(TensorSource(name, factors.shape, lambda start, stop: factors[None, :][start:stop], "f32"))
     for name, wanted in resolve(family, stored):
         sources.append(_source(name, wanted, checkpoint))
         used.update(part.name for part in wanted.parts)
@@ -90,6 +87,10 @@ def load_sources(family: Family, checkpoint: Checkpoint) -> list[TensorSource]:
                 file=tensor.path,
                 tensor=tensor.name,
             )
+    factors = family.rope.frequency_factors(family.head_dim)
+    if factors is not None:
+        name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
+        sources.append(TensorSource(name, factors.shape, lambda start, stop: factors[None, :][start:stop], "f32"))
     return sources
 
 
@@ -182,6 +183,13 @@ def write_metadata(
     """Add all keys but ``general.architecture``.  Raises ``ModelError`` for an unreadable model card."""
     writer.add_type(gguf.GGUFType.MODEL)
     _model_card(model_dir, family.arch_name, sources).set_gguf_meta_model(writer)
+    for key, value in writer.kv_data[0].items():
+        # Files of other people: a temperature may be a string there, a licence a number.
+        kind = value.type if value.sub_type is None else value.sub_type
+        wanted = str if kind == gguf.GGUFValueType.STRING else (int, float)
+        entries = value.value if isinstance(value.value, list) else [value.value]
+        if not all(isinstance(entry, wanted) for entry in entries):
+            raise ModelError(f"{key} would be {value.value!r}: see the model card and the configs", file=model_dir)
     family.write_metadata(writer)
     if type_name in _FILE_TYPES:
         writer.add_file_type(_FILE_TYPES[type_name])

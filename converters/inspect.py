@@ -45,13 +45,14 @@ def as_text(model: Model) -> str:
     rows = [(t.name, t.type_name, " x ".join(map(str, t.shape)), f"{t.bpw:.4g}") for t in model.tensors]
     rows.insert(0, ("tensor", "type", "shape", "bpw"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines += ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip() for row in rows]
+    lines += ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     for name in sorted({t.type_name for t in model.tensors}):
         same = [t for t in model.tensors if t.type_name == name]
         lines.append(f"{name}: {len(same)} tensors, {format_bytes(sum(t.nbytes for t in same))}")
     total = sum(t.nbytes for t in model.tensors)
     weights = sum(t.n_weights for t in model.tensors)
     lines.append(
-        f"{len(model.tensors)} tensors, {weights:,} weights, {format_bytes(total)}, {model.file_bpw:.3f} bits per weight"
+        f"{len(model.tensors)} tensors, {weights:,} weights, {format_bytes(total)}, "
+        f"{model.file_bpw:.3f} bits per weight"
     )
     return "\n".join(lines)

@@ -91,7 +91,9 @@ class LlamaModel:
     ) -> None:
         self.path = os.fspath(path)
         self._lib = lib = library()
-        self._ctx = self._model = self._batch = None
+        self._ctx: Any = None
+        self._model: Any = None
+        self._batch: Any = None
         if not os.path.isfile(path):
             raise EvalError("no such file", file=path)
         _error_lines.clear()

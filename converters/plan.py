@@ -146,8 +146,9 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = []
         for row in rows:
-            cells = [f"{cell:>{w}}" if i == 4 else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths))]
-            lines.append("  ".join([*cells, row[5]]).rstrip())
+            cells = [f"{cell:<{w}}" for cell, w in zip(row[:4], widths[:4], strict=True)]
+            cells.append(f"{row[4]:>{widths[4]}}")
+            lines.append("  ".join([*cells, row[5]]))
         lines.insert(1, "-" * max(map(len, lines)))
         return "\n".join([*lines, self.summary()])
 

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ccq_format.errors import OutputError, TensorTypeError
+from ccq_format.errors import ModelError, OutputError, TensorTypeError
 from ccq_format.gguf_io import Model, TensorInfo, open_model
 
 from .plan import COPIED_TYPES, PLAIN_TYPES, Plan, QuantOptions, TensorSource
@@ -27,15 +27,22 @@ def quantize(
     exact value types, ``general.file_type`` included: llama.cpp has no number for a CCQ file and would call any other
     value "unknown, may not work", so its "file type" line keeps naming the source's type.
 
-    Raises ``TensorTypeError`` for a source of any other type, and what ``open_model`` and ``write_model`` raise.
+    Raises ``TensorTypeError`` for a source of any other type, ``ModelError`` for one part of a split model, and what
+    ``open_model`` and ``write_model`` raise.
     """
     model = open_model(in_path)
     if not options.dry_run and os.path.exists(out_path) and os.path.samefile(in_path, out_path):
         raise OutputError("input and output are the same file", file=out_path)
+    refuse_parts(model)
     sources = sources_of(model)
-    return write_model(
-        out_path, arch=model.arch, sources=sources, options=options, progress=progress, copy_from=model
-    )
+    return write_model(out_path, arch=model.arch, sources=sources, options=options, progress=progress, copy_from=model)
+
+
+def refuse_parts(model: Model) -> None:
+    """Raise ``ModelError`` if the file is one part of a model that is split over several."""
+    parts = model.metadata.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        raise ModelError(f"is one of {parts} parts; merge them with llama-gguf-split --merge first", file=model.path)
 
 
 def sources_of(model: Model) -> list[TensorSource]:
@@ -61,8 +68,7 @@ def source_of(info: TensorInfo) -> TensorSource:
         return decode_rows(info, start, stop)
 
     def raw_rows(start: int, stop: int) -> NDArray[np.uint8]:
-        part: NDArray[np.uint8] = stored_rows(info, start, stop)
-        return part
+        return stored_rows(info, start, stop)
 
     return TensorSource(info.name, info.shape, load_rows, info.type_name, raw_rows)
 
@@ -81,7 +87,8 @@ def decode_rows(info: TensorInfo, start: int, stop: int) -> NDArray[np.float32]:
     if info.layout is not None:
         import ccq_backend
 
-        return ccq_backend.decode(info.layout, stored)
+        weights: NDArray[np.float32] = ccq_backend.decode(info.layout, stored)
+        return weights
     try:
         with np.errstate(all="ignore"):
             decoded = gguf.quants.dequantize(stored, info.ggml_type) if info.type_name not in _VIEWS else None

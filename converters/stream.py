@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ccq_format.errors import CcqError
 from ccq_format.gguf_io import Model, ModelWriter
@@ -82,13 +82,26 @@ def write_planned(
         for tensor in plan.tensors:
             writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
         writer.begin()
-        hidden = not (progress and sys.stderr.isatty())
-        with tqdm(total=plan.n_weights, unit="w", unit_scale=True, disable=hidden, leave=False, file=sys.stderr) as bar:
+        with _progress(progress) as bar:
+            task = bar.add_task("", total=plan.n_weights)
             for tensor in plan.tensors:
-                bar.set_description(tensor.source.name, refresh=False)
+                bar.update(task, description=tensor.source.name)
                 for data, weights in encoded_rows(tensor, options):
                     writer.write(tensor.source.name, data)
-                    bar.update(weights)
+                    bar.advance(task, weights)
+
+
+def _progress(wanted: bool) -> Progress:
+    """A progress bar on stderr that goes away when it is done, or nothing at all where stderr is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    console = Console(stderr=True)
+    return Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not (wanted and console.is_terminal),
+    )
 
 
 def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple[NDArray[np.uint8], int]]:

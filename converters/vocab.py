@@ -68,7 +68,7 @@ def load_vocab(model_dir: Path, vocab_size: int) -> Vocab:
     config_path = model_dir / "tokenizer_config.json"
     config = read_json(config_path) if config_path.is_file() else {}
     if model_path.is_file():
-        return _sentencepiece(model_path, config, vocab_size)
+        return _checked(model_path, _sentencepiece(model_path, config, vocab_size))
     if not json_path.is_file():
         raise ModelError("holds no tokenizer.model and no tokenizer.json", file=model_dir)
     tokenizer = read_json(json_path)
@@ -78,9 +78,18 @@ def load_vocab(model_dir: Path, vocab_size: int) -> Vocab:
         raise ModelError(f"only BPE tokenizers can be converted, this is {kind!r}", file=json_path)
     if model.get("type", "BPE") != "BPE":
         raise ModelError(f"only BPE tokenizers can be converted, this is {model['type']!r}", file=json_path)
-    if model.get("byte_fallback"):
-        return _sentencepiece_json(json_path, tokenizer, config, vocab_size)
-    return _byte_level(json_path, tokenizer, config, vocab_size)
+    load = _sentencepiece_json if model.get("byte_fallback") else _byte_level
+    return _checked(json_path, load(json_path, tokenizer, config, vocab_size))
+
+
+def _checked(path: Path, vocab: Vocab) -> Vocab:
+    """``vocab``, if all its texts can be written: JSON may hold halves of surrogate pairs, UTF-8 may not."""
+    for text in (*vocab.tokens, *vocab.special.merges, str(vocab.special.chat_template)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ModelError(f"holds a text that is no Unicode: {text[:80]!r}", file=path) from None
+    return vocab
 
 
 def _special(model_dir: Path, **options: Any) -> gguf.SpecialVocab:
@@ -153,9 +162,10 @@ def _prefix_setting(path: Path, config: dict[str, Any]) -> bool | None:
 
 def _sentencepiece(path: Path, config: dict[str, Any], vocab_size: int) -> Vocab:
     # The generated protobuf module gives what the processor hides: user-defined pieces and the normalizer.
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2 as spm
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from sentencepiece import sentencepiece_model_pb2
 
+    spm: Any = sentencepiece_model_pb2
     proto = spm.ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
@@ -252,6 +262,8 @@ def _sentencepiece_json(path: Path, tokenizer: dict[str, Any], config: dict[str,
 def _metaspace_prefix(path: Path, tokenizer: dict[str, Any]) -> bool:
     """Whether text gets a leading space, by the tokenizer's normalizer or pre-tokenizer.
 
+    The Metaspace step adds none to text that starts with a space; SentencePiece, and llama.cpp with it, always do.
+
     Raises ``ModelError`` if these do anything but replace spaces by the SentencePiece space.
     """
     prefix = replaces = False
@@ -276,8 +288,10 @@ def _metaspace_prefix(path: Path, tokenizer: dict[str, Any]) -> bool:
 
 def _steps(spec: Any, key: str) -> list[dict[str, Any]]:
     """The flattened steps of a normalizer or pre-tokenizer."""
-    if not isinstance(spec, dict):
+    if spec is None:
         return []
+    if not isinstance(spec, dict):
+        return [{"type": repr(spec)}]
     if spec.get("type") == "Sequence":
         return [step for inner in spec.get(key) or [] for step in _steps(inner, key)]
     return [spec]
@@ -313,7 +327,7 @@ def _byte_level(path: Path, tokenizer: dict[str, Any], config: dict[str, Any], v
                 f"token {entry.content!r} has the id {token}, but there are {vocab_size} embeddings", file=path
             )
     _apply_added(path, added, tokens, types, None)
-    special = _special(path.parent, load_merges=True)
+    special = _special(path.parent, load_merges=True, n_vocab=vocab_size)
     if pre in ADDS_BOS:
         # llama.cpp would add a BOS for these names; transformers does so only where a template says it.
         special.add_special_token.setdefault("bos", False)

@@ -12,11 +12,11 @@ import argparse
 import time
 from pathlib import Path
 
-import click
-
 import ccq_backend
+import click
 from ccq_converters import evaluate, hf2gguf, llama
 from ccq_converters.plan import QuantOptions, cpu_count, format_bytes
+
 from ccq_format.errors import CcqError
 from ccq_format.gguf_io import open_model
 
@@ -63,9 +63,7 @@ def measure(files: dict[str, Path], windows: int, threads: int) -> tuple[list[tu
     lines = []
     for name, path in files.items():
         base = None if name == BASE else files[BASE]
-        result = evaluate.evaluate(
-            path, text, base_path=base, n_ctx=N_CTX, threads=threads, max_windows=windows
-        )
+        result = evaluate.evaluate(path, text, base_path=base, n_ctx=N_CTX, threads=threads, max_windows=windows)
         with llama.LlamaModel(path, n_ctx=N_CTX, threads=threads) as model:
             model.generate(PROMPT, 8)  # the first tokens pay for page faults and thread start
             generated, speed = model.generate(PROMPT, N_GENERATED)
@@ -88,14 +86,14 @@ def measure(files: dict[str, Path], windows: int, threads: int) -> tuple[list[tu
 def table(rows: list[tuple[str, ...]]) -> str:
     """Rows as aligned text, the first one as the heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths)) for row in rows]
+    lines = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def main() -> None:
     """Run the whole demonstration."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "demo", help="folder for the GGUF files")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "demo-out", help="folder for the GGUF files")
     parser.add_argument("--windows", type=int, default=64, help=f"windows of {N_CTX} tokens to score")
     parser.add_argument("--threads", type=int, default=0, help="0 = one per CPU")
     args = parser.parse_args()

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from ccq_converters.cli import main
 from ccq_converters.encode import error_weights
+from click.testing import CliRunner, Result
+
 from ccq_format import codec, layouts
 from ccq_format.gguf_io import ModelWriter, open_model
-from click.testing import CliRunner, Result
 
 RNG_SEED = 7
 CCQ = [layout.name for layout in layouts.LAYOUTS]
@@ -39,7 +40,8 @@ def refused(*args: object) -> str:
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
     lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("Error: ")
+    assert len(lines) == 1
+    assert lines[0].startswith("Error: ")
     return lines[0]
 
 
@@ -107,7 +109,7 @@ def test_quantize_keeps_metadata_and_encodes_every_tensor(source: Path, tmp_path
     assert after.alignment == before.alignment == 64
     assert [(t.name, t.shape) for t in after.tensors] == [(t.name, t.shape) for t in before.tensors]
     assert (after.spec_version is not None) == (kind in CCQ)
-    for old, new in zip(before.tensors, after.tensors):
+    for old, new in zip(before.tensors, after.tensors, strict=True):
         if old.type_name == new.type_name:
             np.testing.assert_array_equal(old.data(), new.data())
             continue
@@ -128,26 +130,30 @@ def test_ccq_bytes_are_the_encoders_with_our_error_weights(source: Path, tmp_pat
     ok("quantize", source, "-o", tmp_path / "b.gguf", "--type", "t2", "--threads", 3)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     x = open_model(source).tensor("blk.0.attn_q.weight").dequantize()
+    weights = error_weights(x, None, layouts.by_name("ccq_t2"))
     stored = open_model(tmp_path / "a.gguf").tensor("blk.0.attn_q.weight").data()
-    np.testing.assert_array_equal(stored, ccq_backend.encode("ccq_t2", x, importance=error_weights(x, None)))
+    np.testing.assert_array_equal(stored, ccq_backend.encode("ccq_t2", x, importance=weights))
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     planned = ok("quantize", source, "-o", out, "--type", "t3", "--tensor-type", "attn_q=f16", "--dry-run")
-    assert not out.exists() and list(tmp_path.iterdir()) == []
+    assert not out.exists()
+    assert list(tmp_path.iterdir()) == []
     ok("quantize", source, "-o", out, "--type", "t3", "--tensor-type", "attn_q=f16")
     report = json.loads(ok("inspect", out, "--json"))
     assert f"{report['file_bpw']:.3f} bits per weight" in planned.splitlines()[-1]
     for tensor in report["tensors"]:
         (line,) = [ln for ln in planned.splitlines() if ln.startswith(tensor["name"] + " ")]
-        assert f" {tensor['type']} " in line and f" {tensor['bytes']:,} " in line
+        assert f" {tensor['type']} " in line
+        assert f" {tensor['bytes']:,} " in line
     assert planned == ok("quantize", source, "--type", "t3", "--tensor-type", "attn_q=f16", "--dry-run")
 
 
 def test_no_fallback(source: Path, tmp_path: Path) -> None:
     line = refused("quantize", source, "-o", tmp_path / "o.gguf", "--type", "p2", "--no-fallback")
-    assert "'blk.0.ffn_up.weight'" in line and "320 is no multiple of 512" in line
+    assert "'blk.0.ffn_up.weight'" in line
+    assert "320 is no multiple of 512" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -171,7 +177,9 @@ def test_inspect(source: Path, tmp_path: Path) -> None:
     weights = sum(int(np.prod(t["shape"])) for t in report["tensors"])
     assert report["file_bpw"] == pytest.approx(8 * total / weights)
     text = ok("inspect", out)
-    assert "CCQ spec 0.1" in text and "blk.0.attn_q.weight" in text and f"{report['file_bpw']:.3f}" in text
+    assert "CCQ spec 0.1" in text
+    assert "blk.0.attn_q.weight" in text
+    assert f"{report['file_bpw']:.3f}" in text
     assert json.loads(ok("inspect", source, "--json"))["spec_version"] is None
 
 
@@ -183,7 +191,8 @@ def test_inspect_finds_parameters_that_no_encoder_writes(source: Path, tmp_path:
     raw[tensor.offset + 82 : tensor.offset + 84] = struct.pack("<H", 0x7F80)  # the second block's super_scale: infinity
     out.write_bytes(raw)
     line = refused("inspect", out, "--json")
-    assert "blk.0.attn_q.weight" in line and str(out) in line
+    assert "blk.0.attn_q.weight" in line
+    assert str(out) in line
 
 
 @pytest.mark.parametrize("kind", CCQ)
@@ -194,7 +203,7 @@ def test_dequantize_writes_the_decoded_weights(source: Path, tmp_path: Path, kin
     ok("dequantize", ccq, "-o", plain, "--type", target)
     assert not any(key.startswith("ccq.") for key in open_model(plain).metadata)
     assert metadata(plain) == metadata(source)
-    for old, new in zip(open_model(ccq).tensors, open_model(plain).tensors):
+    for old, new in zip(open_model(ccq).tensors, open_model(plain).tensors, strict=True):
         kept = old.type_name in ("f32", "i32")
         assert new.type_name == (old.type_name if kept else target.lower())
         expected = codec.decode(old.layout, old.data()) if old.layout else old.dequantize() if not kept else old.data()
@@ -205,13 +214,15 @@ def test_ccq_input_is_refused_with_advice(source: Path, tmp_path: Path) -> None:
     ccq = tmp_path / "c.gguf"
     ok("quantize", source, "-o", ccq, "--type", "t2")
     line = refused("quantize", ccq, "-o", tmp_path / "o.gguf", "--type", "t3")
-    assert "ccq_t2 already" in line and "original" in line
+    assert "ccq_t2 already" in line
+    assert "original" in line
 
 
 def test_other_quantized_input_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "q4.gguf", {"blk.0.attn_q.weight": ("q4_0", gaussian(2, 64))})
     line = refused("quantize", tmp_path / "q4.gguf", "-o", tmp_path / "o.gguf", "--type", "t2")
-    assert "q4_0 cannot be quantized again" in line and "blk.0.attn_q.weight" in line
+    assert "q4_0 cannot be quantized again" in line
+    assert "blk.0.attn_q.weight" in line
 
 
 @pytest.mark.parametrize("target", ["t2", "p2_5", "f32", "f16", "q8_0"])
@@ -221,8 +232,20 @@ def test_weights_that_are_not_finite(tmp_path: Path, target: str, bad: float) ->
     x[2, 100] = bad
     write_gguf(tmp_path / "i.gguf", {"a.weight": ("f32", gaussian(2, 512)), "blk.0.attn_q.weight": ("f32", x)})
     line = refused("quantize", tmp_path / "i.gguf", "-o", tmp_path / "o.gguf", "--type", target)
-    assert "tensor 'blk.0.attn_q.weight'" in line and "NaN or infinite" in line
+    assert "tensor 'blk.0.attn_q.weight'" in line
+    assert "NaN or infinite" in line
     assert [p.name for p in tmp_path.iterdir()] == ["i.gguf"]
+
+
+def test_one_part_of_a_split_model_is_refused(source: Path, tmp_path: Path) -> None:
+    with ModelWriter(tmp_path / "part.gguf", "madeup") as out:
+        out.gguf.add_key_value("split.count", 3, gguf.GGUFValueType.UINT16)
+        out.add_tensor("a.weight", "f32", (1, 32))
+        out.begin()
+        out.write("a.weight", gaussian(1, 32))
+    for command in ("quantize", "dequantize"):
+        line = refused(command, tmp_path / "part.gguf", "-o", tmp_path / "o.gguf", "--type", "f16")
+        assert "one of 3 parts" in line
 
 
 def test_existing_output_is_kept_unless_told_otherwise(source: Path, tmp_path: Path) -> None:
@@ -237,7 +260,9 @@ def test_existing_output_is_kept_unless_told_otherwise(source: Path, tmp_path: P
     assert "folder does not exist" in refused("quantize", source, "-o", tmp_path / "x" / "y.gguf", "--type", "f16")
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["quantize", "--type", "t2", "-o"], ["dequantize", "--type=f32", "-o"]])
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["quantize", "--type", "t2", "-o"], ["dequantize", "--type=f32", "-o"]]
+)
 def test_files_that_are_none_of_ours(tmp_path: Path, command: list[str]) -> None:
     out = [str(tmp_path / "out.gguf")] if command[-1] == "-o" else []
     (tmp_path / "text").write_text("no model at all, but long enough for a header")
@@ -257,6 +282,7 @@ def test_usage_errors(source: Path) -> None:
 
 def test_version_and_plugin_path() -> None:
     import ccq_backend
+
     import ccq_format
 
     assert ccq_format.__version__ in ok("--version")
@@ -269,7 +295,8 @@ def test_missing_spec_version_is_one_line_of_warning(source: Path, tmp_path: Pat
     out.write_bytes(out.read_bytes().replace(b"ccq.spec_version", b"xcq.spec_version"))
     result = run("inspect", out)
     assert result.exit_code == 0
-    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("Warning: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("Warning: ")
 
 
 def test_interrupt_leaves_no_file(tmp_path: Path) -> None:
@@ -282,7 +309,8 @@ def test_interrupt_leaves_no_file(tmp_path: Path) -> None:
     try:
         deadline = time.monotonic() + 60
         while not any(out.iterdir()):
-            assert child.poll() is None and time.monotonic() < deadline, "encoding never started"
+            assert child.poll() is None, "encoding ended before it was interrupted"
+            assert time.monotonic() < deadline, "encoding never started"
             time.sleep(0.02)
         time.sleep(0.3)
         assert child.poll() is None

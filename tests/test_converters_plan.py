@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from ccq_converters.encode import check_weights, encode_rows, error_weights, rows_of_importance
 from ccq_converters.plan import COPIED_TYPES, PLAIN_TYPES, QuantOptions, TensorSource, block, make_plan, parse_type
-from ccq_format import layouts
-from ccq_format.errors import ImportanceError, PlanError, WeightsError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ccq_format import layouts
+from ccq_format.errors import ImportanceError, PlanError, WeightsError
 
 TARGETS = [*(layout.name for layout in layouts.LAYOUTS), *PLAIN_TYPES]
 
@@ -74,7 +75,8 @@ def test_first_matching_override_wins_and_is_searched_in_the_name() -> None:
     chosen = types("t2", [("attn", "T3"), (r"attn_q|^output\.", "f16"), ("ffn_gate_inp", "q8_0")])
     assert (chosen["attn_q"], chosen["attn_k_b"], chosen["output"]) == ("ccq_t3", "ccq_t3", "f16")
     assert chosen["ffn_gate_inp"] == "q8_0"
-    assert chosen["attn_norm"] == "f32" and chosen["attn_q.bias"] == "f32"  # 1-D stays
+    assert chosen["attn_norm"] == "f32"
+    assert chosen["attn_q.bias"] == "f32"
 
 
 @pytest.mark.parametrize("pattern", ["no_such_tensor", r"attn_norm", r"\.bias$"])
@@ -101,8 +103,10 @@ def test_fallback_counts_tensors_and_bytes() -> None:
     assert [t.type for t in plan.tensors] == ["q8_0", "f16", "ccq_p2_5", "f16"]
     assert [t.nbytes for t in plan.tensors] == [10 * 320 // 32 * 34, 10 * 40 * 2, 10 * 82, 10 * 40 * 2]
     warning = plan.warning()
-    assert warning is not None and warning.startswith("3 tensors (4.88 KiB)") and "32, 256" in warning
-    assert 3400 + 800 + 800 == plan.fallback_bytes
+    assert warning is not None
+    assert warning.startswith("3 tensors (4.88 KiB)")
+    assert "32, 256" in warning
+    assert plan.fallback_bytes == 3400 + 800 + 800
     with pytest.raises(PlanError, match=r"ffn_up.*320 is no multiple of 256"):
         make_plan(model, QuantOptions("p2_5", fallback=False))
     assert make_plan(model[2:3], QuantOptions("p2_5", fallback=False)).warning() is None
@@ -115,7 +119,7 @@ def test_fallback_counts_tensors_and_bytes() -> None:
 def test_every_plan_fits_and_adds_up(shapes: list[tuple[int, int, int]], kind: str) -> None:
     model = [source(f"blk.{i}.w{i}_exps.weight", *shape) for i, shape in enumerate(shapes)]
     plan = make_plan(model, QuantOptions(kind))
-    for tensor, shape in zip(plan.tensors, shapes):
+    for tensor, shape in zip(plan.tensors, shapes, strict=True):
         weights, nbytes = block(tensor.type)
         assert shape[-1] % weights == 0
         assert tensor.nbytes == np.prod(shape) // weights * nbytes
@@ -125,7 +129,8 @@ def test_every_plan_fits_and_adds_up(shapes: list[tuple[int, int, int]], kind: s
     assert plan.file_bpw == pytest.approx(8 * plan.nbytes / sum(np.prod(s) for s in shapes))
     lines = plan.table().splitlines()
     assert len(lines) == len(model) + 3
-    assert lines[-1] == plan.summary() and f"{plan.file_bpw:.3f} bits per weight" in lines[-1]
+    assert lines[-1] == plan.summary()
+    assert f"{plan.file_bpw:.3f} bits per weight" in lines[-1]
     assert plan.fallback_count == sum(s[-1] % block(kind)[0] != 0 for s in shapes)
 
 
@@ -138,11 +143,12 @@ def test_block_sizes_agree_with_gguf() -> None:
 
 def test_error_weights_follow_their_formula() -> None:
     x = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
-    np.testing.assert_allclose(error_weights(x, None), [[np.sqrt(12.5 + 9), np.sqrt(12.5 + 16)], [0, 0]], rtol=1e-6)
-    importance = np.array([4.0, 0.25], np.float32)
-    np.testing.assert_allclose(
-        error_weights(x, importance), error_weights(x, None) * [[2.0, 0.5], [2.0, 0.5]], rtol=1e-6
-    )
+    for name, power in (("ccq_p2", 0.5), ("ccq_t2", 0.25)):
+        layout = layouts.by_name(name)
+        plain = error_weights(x, None, layout)
+        np.testing.assert_allclose(plain, [[(12.5 + 9) ** power, (12.5 + 16) ** power], [0, 0]], rtol=1e-6)
+        weighted = error_weights(x, np.array([4.0, 0.25], np.float32), layout)
+        np.testing.assert_allclose(weighted, plain * [[2.0, 0.5], [2.0, 0.5]], rtol=1e-6)
 
 
 def test_importance_rows_belong_to_their_matrix() -> None:

@@ -58,9 +58,9 @@ static inline void ccq_t_levels(const uint8_t * codes, int n_bytes, int even, in
 #define CCQ_T_GROUP(STEM, stem)                                                                                        \
     static inline float ccq_group_##stem(const uint8_t * block, int group, int8_t * v) {                               \
         (void)group;                                                                                                   \
-        ccq_t_levels(block + offsetof(ccq_##stem##_block, codes), CCQ_##STEM##_CODE_BITS / 8, CCQ_##STEM##_STRIDE_EVEN, \
-                     CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER, CCQ_##STEM##_FIELD_MASK,                        \
-                     CCQ_##STEM##_FIELD_SHIFT, CCQ_##STEM##_LEVEL_OFFSET, v);                                          \
+        ccq_t_levels(block + offsetof(ccq_##stem##_block, codes), CCQ_##STEM##_CODE_BITS / 8,                          \
+                     CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER,                       \
+                     CCQ_##STEM##_FIELD_MASK, CCQ_##STEM##_FIELD_SHIFT, CCQ_##STEM##_LEVEL_OFFSET, v);                 \
         return ccq_t_scale(block[offsetof(ccq_##stem##_block, scale)]);                                                \
     }
 CCQ_T_GROUP(T1_5, t1_5)
@@ -73,6 +73,21 @@ CCQ_T_GROUP(T3, t3)
 
 static inline float ccq_p_scale(uint32_t local, const uint8_t * super_scale) {
     return (float)(int32_t)local * ccq_bits_float(ccq_load_u16(super_scale) << 16);
+}
+
+static inline float ccq_group_scale_p2(const uint8_t * block, int group) {
+    const uint8_t pair = block[offsetof(ccq_p2_block, scales) + group / 2];
+    return ccq_p_scale(group & 1 ? pair & 15 : pair >> 4, block + offsetof(ccq_p2_block, super_scale));
+}
+
+static inline float ccq_group_scale_p2_5(const uint8_t * block, int group) {
+    const uint32_t last = ccq_load_u16(block + offsetof(ccq_p2_5_block, codes) + group * 20 + 18);
+    return ccq_p_scale(last & ((1u << CCQ_P2_5_SCALE_BITS) - 1), block + offsetof(ccq_p2_5_block, super_scale));
+}
+
+static inline float ccq_group_scale_p2_75(const uint8_t * block, int group) {
+    const uint32_t last = block[offsetof(ccq_p2_75_block, codes) + group * 22 + 21];
+    return ccq_p_scale(last & ((1u << CCQ_P2_75_SCALE_BITS) - 1), block + offsetof(ccq_p2_75_block, super_scale));
 }
 
 /* State of a P2 code byte: a rounded affine map, 0 where that is no int32. */
@@ -94,8 +109,7 @@ static inline float ccq_group_p2(const uint8_t * block, int group, int8_t * v) {
             v[i * CCQ_P2_WORD_WEIGHTS + k] = (int8_t)((int)(state >> shifts[k] & CCQ_P2_MASK) - CCQ_P2_ZERO_POINT);
         }
     }
-    const uint8_t pair = block[offsetof(ccq_p2_block, scales) + group / 2];
-    return ccq_p_scale(group & 1 ? pair & 15 : pair >> 4, block + offsetof(ccq_p2_block, super_scale));
+    return ccq_group_scale_p2(block, group);
 }
 
 static inline float ccq_group_p2_5(const uint8_t * block, int group, int8_t * v) {
@@ -109,7 +123,7 @@ static inline float ccq_group_p2_5(const uint8_t * block, int group, int8_t * v)
     }
     const uint32_t last = ccq_load_u16(words + 18);
     v[63] = (int8_t)((int)(last >> CCQ_P2_5_SCALE_BITS) - CCQ_P2_5_ZERO_POINT);
-    return ccq_p_scale(last & ((1u << CCQ_P2_5_SCALE_BITS) - 1), block + offsetof(ccq_p2_5_block, super_scale));
+    return ccq_group_scale_p2_5(block, group);
 }
 
 static inline float ccq_group_p2_75(const uint8_t * block, int group, int8_t * v) {
@@ -122,7 +136,7 @@ static inline float ccq_group_p2_75(const uint8_t * block, int group, int8_t * v
         }
     }
     v[63] = (int8_t)((int)(words[21] >> CCQ_P2_75_SCALE_BITS) - CCQ_P2_75_ZERO_POINT);
-    return ccq_p_scale(words[21] & ((1u << CCQ_P2_75_SCALE_BITS) - 1), block + offsetof(ccq_p2_75_block, super_scale));
+    return ccq_group_scale_p2_75(block, group);
 }
 
 /* --- weights ---------------------------------------------------------------------------------------------------- */

@@ -41,12 +41,20 @@ void ccq_trellis_init(ccq_trellis * trellis, int32_t index) {
     trellis->stride[0] = even;
     trellis->stride[1] = odd;
     for (uint32_t window = 0; window < CCQ_TRELLIS_LEVELS; window++) {
-        const int8_t level = ccq_t_level(window, multiplier, mask, shift, offset);
-        trellis->level[window] = level;
-        for (int stride = 1; stride <= 3; stride++) {
-            const uint32_t next = CCQ_TRELLIS_LEVELS >> stride;
-            const uint32_t way = window & ((1u << stride) - 1);
-            trellis->split[stride - 1][way * next + (window >> stride)] = (float)level;
+        trellis->level[window] = ccq_t_level(window, multiplier, mask, shift, offset);
+    }
+    for (int parity = 0; parity < 2; parity++) {
+        const int before = trellis->stride[1 - parity], after = trellis->stride[parity];
+        const int ways = 1 << after, half = ((CCQ_TRELLIS_LEVELS >> after) >> before) / 2;
+        uint32_t * word = trellis->packed[parity];
+        for (int run = 0; run < 1 << before; run++) {
+            for (int p = 0; p < ways; p++) {
+                for (int k = 0; k < half; k++, word++) {
+                    const int low = (run * 2 * half + k) << after | p, high = (run * 2 * half + half + k) << after | p;
+                    *word = ccq_float_bits((float)trellis->level[low]) >> 16 |
+                            ccq_float_bits((float)trellis->level[high]);
+                }
+            }
         }
     }
 }
@@ -69,6 +77,7 @@ typedef struct {
     const float * w;                 /* NULL: all ones */
     float cost[SCALE_BYTES];         /* of the open pass, by scale byte; < 0: not run, INFINITY: closed since */
     int32_t seam_state[SCALE_BYTES]; /* what that pass found at the seam */
+    float units[CCQ_GROUP];          /* x / scale of the pass under way */
     uint16_t window[CCQ_GROUP];      /* the way traced last */
     double best_error;               /* of best_window at best_byte; INFINITY: none yet */
     int32_t best_byte;
@@ -88,7 +97,7 @@ static int32_t least(const float * metric, int32_t n) {
 /* Follow the best way back from `state` after the last step of the pass from step `first`, down to before its i-th step
  * `last`; records windows and returns the state there.  Repeats the kernel's arithmetic, so it finds the way whose cost
  * the kernel kept. */
-static int32_t trace(search * s, float scale, int first, int last, int32_t state) {
+static int32_t trace(search * s, int first, int last, int32_t state) {
     const ccq_trellis * trellis = s->trellis;
     for (int i = CCQ_GROUP - 1; i >= last; i--) {
         const int t = (first + i) % CCQ_GROUP;
@@ -99,8 +108,7 @@ static int32_t trace(search * s, float scale, int first, int last, int32_t state
         int32_t best_window = 0;
         for (int32_t p = 0; p < 1 << stride; p++) {
             const int32_t window = (state << stride) | p;
-            const float level = scale * (float)trellis->level[window];
-            const float error = s->x[t] - level;
+            const float error = s->units[t] - (float)trellis->level[window];
             float cost = error * error;
             if (s->w) { cost = cost * s->w[t]; }
             cost = metric[window & mask] + cost;
@@ -115,17 +123,24 @@ static int32_t trace(search * s, float scale, int first, int last, int32_t state
     return state;
 }
 
+/* One pass from step `first`, in units of the levels: exact values of a block at this scale are exact integers. */
+static void run_pass(search * s, int32_t byte, int first) {
+    const float scale = ccq_t_scale((uint8_t)byte);
+    for (int t = 0; t < CCQ_GROUP; t++) { s->units[t] = s->x[t] / scale; }
+    s->kernels->viterbi(s->trellis, s->units, s->w, first);
+}
+
 /* First pass, around the block from half a block after step `seam`, free at both ends; the state that the best way has
  * before step `seam` goes to *state.  Returns its cost. */
 static float open_pass(search * s, int32_t byte, int seam, int32_t * state) {
     const float scale = ccq_t_scale((uint8_t)byte);
     const int first = (seam + HALF) % CCQ_GROUP;
     memset(s->trellis->metric[0], 0, sizeof s->trellis->metric[0]);
-    s->kernels->viterbi(s->trellis, scale, s->x, s->w, first);
+    run_pass(s, byte, first);
     const float * last = s->trellis->metric[CCQ_GROUP];
     const int32_t end = least(last, states_before(s, first));
-    *state = trace(s, scale, first, HALF, end);
-    return last[end];
+    *state = trace(s, first, HALF, end);
+    return last[end] * (scale * scale);
 }
 
 static double way_error(const search * s, float scale) {
@@ -139,13 +154,12 @@ static double way_error(const search * s, float scale) {
 
 /* Second pass: the best cycle through `state` before step `seam`; becomes the block's if it is the best so far. */
 static void closed_pass(search * s, int32_t byte, int seam, int32_t state) {
-    const float scale = ccq_t_scale((uint8_t)byte);
     float * start = s->trellis->metric[0];
     for (int i = 0; i < CCQ_TRELLIS_STATES; i++) { start[i] = INFINITY; }
     start[state] = 0;
-    s->kernels->viterbi(s->trellis, scale, s->x, s->w, seam);
-    trace(s, scale, seam, 0, state);
-    const double error = way_error(s, scale);
+    run_pass(s, byte, seam);
+    trace(s, seam, 0, state);
+    const double error = way_error(s, ccq_t_scale((uint8_t)byte));
     if (error < s->best_error) {
         s->best_error = error;
         s->best_byte = byte;
@@ -261,6 +275,7 @@ void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis
         search_given(&s, scale_byte);
     } else {
         search_scale(&s, sqrt(power / mass), top);
+        if (!(s.best_error < power)) { return; } /* weights far below the smallest scale: zeros are nearer */
     }
     block[0] = (uint8_t)s.best_byte;
     write_codes(&s, block + 1);

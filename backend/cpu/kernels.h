@@ -29,14 +29,15 @@ CCQ_STATIC_ASSERT(CCQ_T1_5_WINDOW_BITS == 12 && CCQ_T2_WINDOW_BITS == 12 && CCQ_
                   "the Viterbi tables are made for 12-bit windows");
 
 /* Working memory of one encoder thread, and the tables of the T type it encodes.
- * Level tables are split by predecessor: entry [stride - 1][p][j] belongs to the window (j << stride) | p, so that
- * consecutive next-states j are consecutive in memory. */
+ *
+ * packed[step & 1] holds the levels as bfloat16 (exact: they have 7 bits), two to a word, in the order in which a
+ * Viterbi step reads them; viterbi_step in kernels.inl says which.  Half the bytes of a float table, which would fill
+ * half of a first-level cache. */
 typedef struct ccq_trellis {
-    int32_t stride[2];                              /* of even and odd steps */
-    int8_t level[CCQ_TRELLIS_LEVELS];               /* by window */
-    float split[3][CCQ_TRELLIS_LEVELS];             /* levels, split by stride */
-    float scaled[3][CCQ_TRELLIS_LEVELS];            /* scale * split, of the pass under way */
-    float sorted[CCQ_TRELLIS_STATES];               /* the metrics entering a step, split by predecessor */
+    int32_t stride[2];                               /* of even and odd steps */
+    int8_t level[CCQ_TRELLIS_LEVELS];                /* by window */
+    uint32_t packed[2][CCQ_TRELLIS_LEVELS / 2];      /* of even and odd steps */
+    float sorted[CCQ_TRELLIS_STATES];                /* the metrics entering a step, split by predecessor */
     float metric[CCQ_GROUP + 1][CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
 } ccq_trellis;
 
@@ -53,8 +54,8 @@ typedef struct ccq_kernels {
                       const ccq_act_block * act, int64_t act_stride, int64_t n_cols, float * out, int64_t out_stride);
     void (*quantize)(const float * x, int64_t n_blocks, ccq_act_block * out);
     /* One pass of the Viterbi algorithm over the 64 steps that start at step `first` of the block and wrap around.
-     * metric[0] is given; fills metric[1..64] and scaled[].  w is NULL for all ones. */
-    void (*viterbi)(ccq_trellis * trellis, float scale, const float * x, const float * w, int32_t first);
+     * metric[0] is given; fills metric[1..64].  x is in units of the levels; w is NULL for all ones. */
+    void (*viterbi)(ccq_trellis * trellis, const float * x, const float * w, int32_t first);
 } ccq_kernels;
 
 extern const ccq_kernels ccq_kernels_scalar;

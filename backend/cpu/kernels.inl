@@ -1,6 +1,6 @@
 /* The kernels, one template for every instruction set: the including file defines CCQ_SET (the name of the table) and
  * is compiled with that set's flags.  Loops are written so that GCC and clang vectorise them; where intrinsics are
- * clearly faster, <isa>/dot.h comes first and defines CCQ_HAVE_FAST_*.
+ * clearly faster, avx2/dot.h and avx2/split.h come first and define CCQ_HAVE_FAST_*.
  *
  * The arithmetic of dot products is fixed by ACTIVATIONS.md: exact int32 per group, then float32 in one order, so all
  * sets give the same bits. */
@@ -8,15 +8,15 @@
 
 #define CCQ_INLINE static inline __attribute__((always_inline))
 
-#ifndef CCQ_HAVE_FAST_TRELLIS
+#ifndef CCQ_HAVE_FAST_DOT
 #define group_t1_5 ccq_group_t1_5
 #define group_t2 ccq_group_t2
 #define group_t2_5 ccq_group_t2_5
 #define group_t3 ccq_group_t3
-#endif
 #define group_p2 ccq_group_p2
 #define group_p2_5 ccq_group_p2_5
 #define group_p2_75 ccq_group_p2_75
+#endif
 
 /* --- decode ----------------------------------------------------------------------------------------------------- */
 
@@ -85,6 +85,7 @@ static void panel_dot(const int8_t * levels, const float * scales, int64_t n_gro
     }
 }
 
+#ifndef CCQ_HAVE_FAST_DOT
 /* Four groups at a time through a small buffer: P blocks hold 4 or 8 groups, T blocks one. */
 #define CCQ_VEC_DOT(STEM, stem)                                                                                        \
     static float vec_dot_##stem(const uint8_t * blocks, int64_t n_blocks, const ccq_act_block * act) {                 \
@@ -102,14 +103,10 @@ static void panel_dot(const int8_t * levels, const float * scales, int64_t n_gro
         }                                                                                                              \
         return dot_finish(acc);                                                                                        \
     }
-#ifndef CCQ_HAVE_FAST_TRELLIS
 #define X(STEM, stem, id, weights, bytes) CCQ_VEC_DOT(STEM, stem)
-CCQ_TRELLIS_TYPES(X)
+CCQ_TYPES(X)
 #undef X
 #endif
-#define X(STEM, stem, id, weights, bytes) CCQ_VEC_DOT(STEM, stem)
-CCQ_PAPER_TYPES(X)
-#undef X
 
 /* --- activations ------------------------------------------------------------------------------------------------ */
 
@@ -144,39 +141,61 @@ static void quantize(const float * x, int64_t n_blocks, ccq_act_block * out) {
 
 /* One step: from the metrics of the states before it (windows' low 12 - before bits) to those after it (high 12 - after
  * bits).  Only the least cost is kept, not the way: the traceback finds it again from the metrics, which leaves the
- * loop free of compares and index bookkeeping.  weighted is a constant: x * 1 needs no multiply, with equal bits. */
-CCQ_INLINE void viterbi_step(const float * restrict in, float * restrict sorted, float * restrict out,
-                             const float * restrict scaled, int before, int after, float x, float w, int weighted) {
-    const int ways = 1 << after;
-    const int next = CCQ_TRELLIS_LEVELS >> after;
-    const int part = next >> before; /* next-states that share their predecessors' order */
+ * loop free of compares and index bookkeeping.
+ *
+ * The states after the step fall into 2^before runs of `part`, whose predecessors are the same in the same order.  In
+ * a run, states k and k + part / 2 go together: their levels with predecessor p are the low and high half of word
+ * (run * ways + p) * part / 2 + k of `packed`.
+ *
+ * weighted is a constant: a factor of 1 needs no multiply, with equal bits. */
+CCQ_INLINE float step_cost(float before, float x, uint32_t level_bits, float w, int weighted) {
+    const float error = x - ccq_bits_float(level_bits);
+    float cost = error * error;
+    if (weighted) { cost = cost * w; }
+    return before + cost;
+}
+
+#ifndef CCQ_HAVE_FAST_SPLIT
+/* sorted[p * part + j] = in[j * ways + p]: metrics by predecessor, so that consecutive states read consecutive ones. */
+CCQ_INLINE void split_metrics(const float * restrict in, float * restrict sorted, int after, int part) {
     for (int j = 0; j < part; j++) {
-        for (int p = 0; p < ways; p++) { sorted[p * part + j] = in[(j << after) + p]; }
+        for (int p = 0; p < 1 << after; p++) { sorted[p * part + j] = in[(j << after) + p]; }
     }
-    for (int high = 0; high < 1 << before; high++) {
-        const float * restrict level = scaled + high * part;
-        float * restrict target = out + high * part;
-        for (int j = 0; j < part; j++) {
-            float best = 0;
+}
+#endif
+
+CCQ_INLINE void viterbi_step(const float * restrict in, float * restrict sorted, float * restrict out,
+                             const uint32_t * restrict packed, int before, int after, float x, float w, int weighted) {
+    const int ways = 1 << after;
+    const int part = (CCQ_TRELLIS_LEVELS >> after) >> before;
+    const int half = part / 2;
+    split_metrics(in, sorted, after, part);
+    for (int run = 0; run < 1 << before; run++) {
+        const uint32_t * restrict words = packed + run * ways * half;
+        float * restrict target = out + run * part;
+        for (int k = 0; k < half; k++) {
+            float low = 0, high = 0;
             for (int p = 0; p < ways; p++) {
-                const float error = x - level[p * next + j];
-                float cost = error * error;
-                if (weighted) { cost = cost * w; }
-                cost = sorted[p * part + j] + cost;
-                best = p == 0 || cost < best ? cost : best;
+                const uint32_t word = words[p * half + k];
+                const float cost_low = step_cost(sorted[p * part + k], x, word << 16, w, weighted);
+                const float cost_high = step_cost(sorted[p * part + half + k], x, word & 0xffff0000u, w, weighted);
+                low = p == 0 || cost_low < low ? cost_low : low;
+                high = p == 0 || cost_high < high ? cost_high : high;
             }
-            target[j] = best;
+            target[k] = low;
+            target[half + k] = high;
         }
     }
 }
 
 #define CCQ_STEP(before, after)                                                                                        \
     static __attribute__((noinline)) void step_##before##after(const float * in, float * sorted, float * out,          \
-                                                               const float * scaled, float x, float w, int weighted) { \
+                                                               const uint32_t * packed, float x, float w,              \
+                                                               int weighted) {                                         \
         if (weighted) {                                                                                                \
-            viterbi_step(in, sorted, out, scaled, before, after, x, w, 1);                                             \
+            viterbi_step(in, sorted, out, packed, before, after, x, w, 1);                                             \
         } else {                                                                                                       \
-            viterbi_step(in, sorted, out, scaled, before, after, x, w, 0);                                             \
+            viterbi_step(in, sorted, out, packed, before, after, x, w, 0);                                             \
         }                                                                                                              \
     }
 CCQ_STEP(1, 2)
@@ -186,29 +205,22 @@ CCQ_STEP(2, 3)
 CCQ_STEP(3, 2)
 CCQ_STEP(3, 3)
 
-static void viterbi(ccq_trellis * trellis, float scale, const float * x, const float * w, int32_t first) {
-    for (int k = 0; k < 2; k++) {
-        const int table = trellis->stride[k] - 1;
-        if (k == 1 && table == trellis->stride[0] - 1) { break; }
-        for (int i = 0; i < CCQ_TRELLIS_LEVELS; i++) {
-            trellis->scaled[table][i] = scale * trellis->split[table][i];
-        }
-    }
+static void viterbi(ccq_trellis * trellis, const float * x, const float * w, int32_t first) {
     for (int i = 0; i < CCQ_GROUP; i++) {
         const int t = (first + i) % CCQ_GROUP;
         const int before = trellis->stride[(t + 1) & 1];
         const int after = trellis->stride[t & 1];
         const float * in = trellis->metric[i];
-        const float * scaled = trellis->scaled[after - 1];
+        const uint32_t * packed = trellis->packed[t & 1];
         float * out = trellis->metric[i + 1];
         const float weight = w ? w[t] : 1.0f;
         switch (before * 4 + after) {
-        case 1 * 4 + 2: step_12(in, trellis->sorted, out, scaled, x[t], weight, w != NULL); break;
-        case 2 * 4 + 1: step_21(in, trellis->sorted, out, scaled, x[t], weight, w != NULL); break;
-        case 2 * 4 + 2: step_22(in, trellis->sorted, out, scaled, x[t], weight, w != NULL); break;
-        case 2 * 4 + 3: step_23(in, trellis->sorted, out, scaled, x[t], weight, w != NULL); break;
-        case 3 * 4 + 2: step_32(in, trellis->sorted, out, scaled, x[t], weight, w != NULL); break;
-        default: step_33(in, trellis->sorted, out, scaled, x[t], weight, w != NULL); break;
+        case 1 * 4 + 2: step_12(in, trellis->sorted, out, packed, x[t], weight, w != NULL); break;
+        case 2 * 4 + 1: step_21(in, trellis->sorted, out, packed, x[t], weight, w != NULL); break;
+        case 2 * 4 + 2: step_22(in, trellis->sorted, out, packed, x[t], weight, w != NULL); break;
+        case 2 * 4 + 3: step_23(in, trellis->sorted, out, packed, x[t], weight, w != NULL); break;
+        case 3 * 4 + 2: step_32(in, trellis->sorted, out, packed, x[t], weight, w != NULL); break;
+        default: step_33(in, trellis->sorted, out, packed, x[t], weight, w != NULL); break;
         }
     }
 }

@@ -64,13 +64,13 @@ void fill_blocks(int32_t type, void * data, int64_t n_weights, Random & random) 
 #undef X
 }
 
-// Activations that the int8 format holds exactly: integers times a power of two, 127 among the 64 of each group.  So
+// Activations that the int8 format holds exactly: integers times a power of two, every eighth of them 127.  So
 // a wrong product cannot hide behind their rounding.
 void fill_activations(abi::tensor * t, Random & random) {
     auto * x = static_cast<float *>(t->data);
     const int64_t n = t->ne[0] * t->ne[1] * t->ne[2];
     for (int64_t i = 0; i < n; i++) {
-        const int32_t value = i % CCQ_GROUP ? static_cast<int32_t>(random.bits() % 255) - 127 : 127;
+        const int32_t value = i % 8 ? static_cast<int32_t>(random.bits() % 255) - 127 : 127;
         x[i] = static_cast<float>(value) * (i / CCQ_GROUP % 2 ? 0x1p-7f : 0x1p-5f);
     }
 }

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ccq_format.errors import ModelError
 
-from .base import Config, Family
+from .base import Family
+from .config import Config
 from .llama import Llama
 from .mistral import Mistral
 from .mixtral import Mixtral

@@ -227,16 +227,15 @@ class Family(ABC):
         return {}
 
 
-def resolve(family: Family, stored: frozenset[str]) -> list[tuple[str, Wanted]]:
-    """GGUF names and contents of all tensors.
+def resolve(family: Family, stored: frozenset[str]) -> Iterator[tuple[str, Wanted]]:
+    """GGUF names and contents of all tensors, one by one: a wrong shape shows before a count that it contradicts is
+    used, such as that of the experts.
 
     Raises ``ModelError`` if gguf's name map lacks a name.
     """
     names = gguf.get_tensor_name_map(family.model_arch, family.layers)
-    out = []
     for wanted in family.wanted(stored):
         name = names.get_name(wanted.hf_name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ModelError("gguf has no name for it", file=family.config.file, tensor=wanted.hf_name)
-        out.append((name, wanted))
-    return out
+        yield name, wanted

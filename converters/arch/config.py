@@ -55,11 +55,14 @@ class Config:
 
 
 def positive(value: object, key: str, default: float | None, config: Config) -> float:
-    """``value`` as a positive finite float, ``default`` if it is null.  Raises ``ModelError`` naming ``key``."""
+    """``value`` as a positive float that float32 can hold, ``default`` if it is null.
+
+    Raises ``ModelError`` naming ``key``.
+    """
     if value is None:
         if default is None:
             raise config.error(f"has no '{key}'")
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 3e38:
         raise config.error(f"'{key}' must be a positive number, it is {value!r}")
     return float(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from .base import Family, Wanted
 from .llama import Llama
@@ -13,7 +14,7 @@ class Mistral(Llama):
 
     architecture = "MistralForCausalLM"
     default_kv_heads = 8
-    default_window = 4096
+    default_window: ClassVar[int | None] = 4096
 
     def attention(self, prefix: str, *, qkv_bias: bool = False, out_bias: bool = False) -> Iterator[Wanted]:
         """Never a bias, whatever the config says."""

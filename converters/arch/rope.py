@@ -83,7 +83,9 @@ class Rope:
         value = self.params.get("original_max_position_embeddings")
         if value is None:
             return self.config.integer("original_max_position_embeddings", default=default)
-        return int(positive(value, "original_max_position_embeddings", None, self.config))
+        if not 1 <= positive(value, "original_max_position_embeddings", None, self.config) < 2**31:
+            raise self.config.error(f"'original_max_position_embeddings' must be a token count, it is {value!r}")
+        return int(value)
 
     def write(self, writer: gguf.GGUFWriter) -> None:
         """Add the ``{arch}.rope.*`` keys."""

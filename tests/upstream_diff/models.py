@@ -72,7 +72,7 @@ YARN = {
 
 CASES = [
     Case("llama-biases-head-dim", "llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
-    Case("llama3-rope-tied-bf16", "llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}, torch.bfloat16),
+    Case("llama3-tied-bf16", "llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}, torch.bfloat16),
     Case("llama3-rope-old-config", "llama", {"rope_parameters": LLAMA3_ROPE}, old_config=True),
     Case("llama-linear-rope", "llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     Case("llama-yarn", "llama", {"rope_parameters": YARN, "num_key_value_heads": 4}),

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
-
 from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
 from ccq_converters.plan import QuantOptions
+from tokenizers import Tokenizer
 
 from .fetch import source_tree
 from .models import Case, build

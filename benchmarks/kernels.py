@@ -1,0 +1,81 @@
+"""Speed and error of the kernels, one thread: ``python benchmarks/kernels.py [--encode N]`` (``CCQ_ISA`` as usual).
+
+Every type is checked first: products against the decoded weights within the bound of backend/cpu/ACTIVATIONS.md, and
+the encoder's error is printed with its time.  A weight counts once per product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import ccq_backend
+import numpy as np
+
+from ccq_format.layouts import GROUP, LAYOUTS, Layout, TrellisCode
+
+ACT_BLOCK = np.dtype([("d", "<f4"), ("sum", "<i4"), ("q", "i1", GROUP)])
+COLUMNS = 4096
+
+
+def best_time(call: Callable[[], object], seconds: float = 0.4) -> float:
+    """Shortest of the runs that fit into ``seconds``, in seconds."""
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def make_blocks(layout: Layout, rows: int, rng: np.random.Generator) -> np.ndarray:
+    """Random code bits with scales of ordinary size, u8 [rows, row bytes]."""
+    b = rng.integers(0, 256, (rows, COLUMNS // layout.block_weights, layout.block_bytes), dtype=np.uint8)
+    if isinstance(layout.code, TrellisCode):
+        b[..., 0] = 180
+    else:
+        b[..., 0:2] = (0x12, 0x3C)
+        if layout.code.affine_state:
+            b[..., 2:10] = np.frombuffer(np.array([113.7, 21.3], "<f4").tobytes(), np.uint8)
+    return b.reshape(rows, -1)
+
+
+def check(layout: Layout, blocks: np.ndarray, x: np.ndarray, act: np.ndarray) -> None:
+    """Raise ``AssertionError`` unless products are within the bound."""
+    w = ccq_backend.decode(layout, blocks).astype(float)
+    d = np.repeat(act.view(ACT_BLOCK)["d"].astype(float), GROUP, axis=1)
+    bound = d @ np.abs(w).T * (0.5 + 2.0**-14) + (np.abs(x) + d) @ np.abs(w).T * (COLUMNS / GROUP / 4 + 6) * 2.0**-24
+    error = np.abs(ccq_backend.mul_mat(layout, blocks, act) - x.astype(float) @ w.T)
+    assert np.all(error <= bound), f"{layout.name}: product out of bounds"
+
+
+def main() -> None:
+    """Print one line per type."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--encode", type=int, default=16384, metavar="N", help="weights to encode (default 16384)")
+    parser.add_argument("--rows", type=int, default=512, help="rows of the matrix that is multiplied (default 512)")
+    args = parser.parse_args()
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((32, COLUMNS)).astype(np.float32)
+    act = ccq_backend.quantize_activations(x)
+    print(f"kernel set: {ccq_backend.isa()}; {args.rows} x {COLUMNS}; G = 10^9 weights per second")
+    print(f"{'type':10} {'decode':>8} {'1 column':>9} {'32 columns':>11} {'encode':>12} {'relmse':>9}")
+    for layout in LAYOUTS:
+        blocks = make_blocks(layout, args.rows, rng)
+        check(layout, blocks[:64], x, act)
+        weights = args.rows * COLUMNS
+        decode = weights / best_time(lambda b=blocks, t=layout: ccq_backend.decode(t, b)) / 1e9
+        one = weights / best_time(lambda b=blocks, t=layout: ccq_backend.mul_mat(t, b, act[:1])) / 1e9
+        many = 32 * weights / best_time(lambda b=blocks, t=layout: ccq_backend.mul_mat(t, b, act)) / 1e9
+        w = rng.standard_normal((-(-args.encode // 1024), 1024)).astype(np.float32)
+        start = time.process_time()
+        encoded = ccq_backend.encode(layout, w, threads=1)
+        per_weight = (time.process_time() - start) / w.size * 1e6
+        error = ccq_backend.decode(layout, encoded).astype(float) - w
+        relmse = float((error**2).sum() / (w.astype(float) ** 2).sum())
+        print(f"{layout.name:10} {decode:6.2f} G {one:7.2f} G {many:9.2f} G {per_weight:9.3f} us {relmse:9.5f}")
+
+
+if __name__ == "__main__":
+    main()

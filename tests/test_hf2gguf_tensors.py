@@ -1,0 +1,155 @@
+"""The lazily read tensors of a plan: rows of any range, small memory, warnings."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ccq_converters.arch.config import Config
+from ccq_converters.arch.rope import Rope
+from ccq_converters.hf2gguf import convert
+from ccq_converters.plan import Plan, QuantOptions
+from safetensors.torch import load_file, save_file
+
+from ccq_format.gguf_io import open_model
+
+from .upstream_diff.models import EXAMPLE, LLAMA3_ROPE, MOE, QWEN_MOE, Case, build
+
+DRY = QuantOptions("f32", dry_run=True)
+
+
+def planned(case: Case, folder: Path) -> tuple[Plan, dict[str, np.ndarray]]:
+    build(case, folder)
+    plan = convert(folder, folder / "out.gguf", DRY)
+    assert not (folder / "out.gguf").exists()
+    stored = {}
+    for path in folder.glob("*.safetensors"):
+        stored |= {name: t.float().numpy() for name, t in load_file(path).items()}
+    return plan, stored
+
+
+def values(plan: Plan, name: str, step: int) -> np.ndarray:
+    """The tensor ``name``, loaded ``step`` rows at a time."""
+    source = next(t.source for t in plan.tensors if t.source.name == name)
+    parts = [source.load_rows(i, min(i + step, source.rows)) for i in range(0, source.rows, step)]
+    assert all(part.dtype == np.float32 and part.shape[1] == source.row_len for part in parts)
+    return np.concatenate(parts).reshape(source.shape)
+
+
+@pytest.mark.parametrize("step", [1, 5, 24, 1000])
+def test_rotary_order(step: int, tmp_path: Path) -> None:
+    """Row 2i of a head comes from row i, row 2i + 1 from row i + d/2; the other projections keep theirs."""
+    case = Case("m", "llama", {"num_hidden_layers": 1, "head_dim": 24, "attention_bias": True}, torch.bfloat16)
+    plan, stored = planned(case, tmp_path)
+    for kind, heads in (("q", 4), ("k", 2)):
+        for suffix in ("weight", "bias"):
+            hf = stored[f"model.layers.0.self_attn.{kind}_proj.{suffix}"]
+            expected = np.empty_like(hf)
+            for head in range(heads):
+                for i in range(12):
+                    expected[head * 24 + 2 * i] = hf[head * 24 + i]
+                    expected[head * 24 + 2 * i + 1] = hf[head * 24 + 12 + i]
+            np.testing.assert_array_equal(values(plan, f"blk.0.attn_{kind}.{suffix}", step), expected)
+    np.testing.assert_array_equal(
+        values(plan, "blk.0.attn_v.weight", step), stored["model.layers.0.self_attn.v_proj.weight"]
+    )
+
+
+@pytest.mark.parametrize("step", [1, 7, 96, 1000])
+@pytest.mark.parametrize("fused", [False, True])
+def test_stacked_experts(step: int, fused: bool, tmp_path: Path) -> None:
+    plan, stored = planned(Case("m", "mixtral", {**MOE, "num_hidden_layers": 1}, fused=fused), tmp_path)
+    mlp, moe = "model.layers.0.mlp.experts", "model.layers.0.block_sparse_moe.experts"
+    if fused:
+        both = stored[f"{mlp}.gate_up_proj"]
+        expected = {"gate": both[:, :96], "up": both[:, 96:], "down": stored[f"{mlp}.down_proj"]}
+    else:
+        names = {"gate": "w1", "up": "w3", "down": "w2"}
+        expected = {k: np.stack([stored[f"{moe}.{e}.{w}.weight"] for e in range(4)]) for k, w in names.items()}
+    for kind, weights in expected.items():
+        np.testing.assert_array_equal(values(plan, f"blk.0.ffn_{kind}_exps.weight", step), weights)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_both_expert_layouts_give_the_same_file(family: str, tmp_path: Path) -> None:
+    config = {**(MOE if family == "mixtral" else QWEN_MOE), "num_hidden_layers": 1}
+    files = []
+    for fused in (False, True):
+        folder = tmp_path / f"{fused}" / "model"
+        build(Case("m", family, config, fused=fused), folder)
+        convert(folder, tmp_path / f"{fused}.gguf", QuantOptions("f32"), progress=False)
+        files.append((tmp_path / f"{fused}.gguf").read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_stored_values_survive(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Subnormal numbers, zeros of both signs and extremes come out of an f32 file as they went in."""
+    build(Case("m", "llama", {"num_hidden_layers": 1}, dtype), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    finfo = torch.finfo(dtype)
+    special = torch.tensor([0.0, -0.0, finfo.tiny, finfo.smallest_normal / 4, finfo.max, finfo.min], dtype=dtype)
+    tensors["model.norm.weight"][:6] = special
+    save_file(tensors, tmp_path / "model.safetensors")
+    convert(tmp_path, tmp_path / "out.gguf", QuantOptions("f32"), progress=False)
+    got = next(t for t in open_model(tmp_path / "out.gguf").tensors if t.name == "output_norm.weight").data()
+    np.testing.assert_array_equal(got[:6].view(np.uint32), special.float().numpy().view(np.uint32))
+
+
+def test_memory(tmp_path: Path) -> None:
+    """Four times the embedding costs no more memory: rows are streamed."""
+    peaks = []
+    for vocab in (1 << 16, 1 << 18):
+        folder = tmp_path / str(vocab)
+        build(Case("m", "llama", {"num_hidden_layers": 1, "tie_word_embeddings": True}, torch.bfloat16), folder, vocab)
+        plan = convert_without_tokens(folder)
+        source = next(t.source for t in plan.tensors if t.source.name == "token_embd.weight")
+        tracemalloc.start()
+        for start in range(0, source.rows, 1 << 14):
+            source.load_rows(start, start + (1 << 14))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    chunk = (1 << 14) * 64 * 4
+    assert max(peaks) < 4 * chunk
+
+
+def convert_without_tokens(folder: Path) -> Plan:
+    """A dry run with the bundled tokenizer; the tokens it lacks are filled up."""
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).write_bytes((EXAMPLE / name).read_bytes())
+    return convert(folder, folder / "out.gguf", DRY)
+
+
+def test_llama3_factors() -> None:
+    """The three ranges of Llama 3's scaling, against the definition in float64."""
+    config = Config({}, Path("config.json"))
+    raw = Config({"rope_parameters": {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}}, config.file)
+    got = Rope.read(raw, 10000.0, 131072).frequency_factors(128)
+    assert got is not None
+    wavelength = 2 * np.pi * 500000.0 ** (np.arange(0, 128, 2) / 128)
+    smooth = (8192 / wavelength - 1) / 3
+    between = 1 / ((1 - smooth) / 8 + smooth)
+    expected = np.where(wavelength < 2048, 1.0, np.where(wavelength > 8192, 8.0, between))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert {1.0, 8.0} < set(got.tolist())
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"),
+    [
+        ({"sliding_window": 128}, True),
+        ({"sliding_window": 512}, False),
+        ({"sliding_window": None}, False),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, True),
+    ],
+)
+def test_warnings(changes: dict[str, object], warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build(Case("m", "mistral", {"num_hidden_layers": 1, "sliding_window": None}), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    convert(tmp_path, tmp_path / "out.gguf", DRY)
+    assert ("differ" in caplog.text) == warns
