@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import ccq_backend
 import numpy as np
@@ -65,9 +66,9 @@ def main() -> None:
         blocks = make_blocks(layout, args.rows, rng)
         check(layout, blocks[:64], x, act)
         weights = args.rows * COLUMNS
-        decode = weights / best_time(lambda b=blocks, t=layout: ccq_backend.decode(t, b)) / 1e9
-        one = weights / best_time(lambda b=blocks, t=layout: ccq_backend.mul_mat(t, b, act[:1])) / 1e9
-        many = 32 * weights / best_time(lambda b=blocks, t=layout: ccq_backend.mul_mat(t, b, act)) / 1e9
+        decode = weights / best_time(partial(ccq_backend.decode, layout, blocks)) / 1e9
+        one = weights / best_time(partial(ccq_backend.mul_mat, layout, blocks, act[:1])) / 1e9
+        many = 32 * weights / best_time(partial(ccq_backend.mul_mat, layout, blocks, act)) / 1e9
         w = rng.standard_normal((-(-args.encode // 1024), 1024)).astype(np.float32)
         start = time.process_time()
         encoded = ccq_backend.encode(layout, w, threads=1)

@@ -26,9 +26,14 @@ _ERRORS: dict[int, type[errors.CcqError]] = {
 }
 
 
+def _text(pointer: Any) -> str:
+    text = ffi.string(pointer)
+    return text.decode() if isinstance(text, bytes) else text
+
+
 def _check(status: int) -> None:
     if status != lib.CCQ_OK:
-        text = ffi.string(lib.ccq_status_text(status)).decode()
+        text = _text(lib.ccq_status_text(status))
         raise _ERRORS.get(status, errors.BackendError)(text)
 
 
@@ -45,8 +50,8 @@ def _pointer(array: npt.NDArray[Any], ctype: str) -> Any:
     return ffi.cast(ctype, ffi.from_buffer(array))
 
 
-def _matrix(array: npt.ArrayLike, dtype: type, what: str) -> npt.NDArray[Any]:
-    a = np.ascontiguousarray(array, dtype=dtype)
+def _matrix(array: npt.ArrayLike, dtype: npt.DTypeLike, what: str) -> npt.NDArray[Any]:
+    a: npt.NDArray[Any] = np.ascontiguousarray(array, dtype=dtype)
     if a.ndim != 2:
         raise errors.ShapeError(f"{what} must have two dimensions, not {a.ndim}")
     return a
@@ -69,14 +74,15 @@ def isa() -> str:
     """
     name = ffi.new("const char **")
     _check(lib.ccq_isa(name))
-    return ffi.string(name[0]).decode()
+    return _text(name[0])
 
 
 def isas() -> list[tuple[str, bool]]:
     """All kernel sets of this build, best first, and whether this CPU runs each."""
-    out, supported = [], ffi.new("int32_t *")
+    supported = ffi.new("int32_t *")
+    out: list[tuple[str, bool]] = []
     while (name := lib.ccq_isa_name(len(out), supported)) != ffi.NULL:
-        out.append((ffi.string(name).decode(), bool(supported[0])))
+        out.append((_text(name), bool(supported[0])))
     return out
 
 

@@ -136,7 +136,7 @@ static int nearest_local(float want, float super, int limit) {
     return r >= (float)limit ? limit : r > 0 ? (int)r : 0;
 }
 
-/* --- P2_5 and P2_75: words of independent windows ------------------------------------------------------------------ */
+/* --- P2_5 and P2_75: words of independent windows --------------------------------------------------- */
 
 /* err[l] = least weighted squared error of the group at scale g[l] */
 typedef void scan_fn(const float * x, const float * w, const float * g, float * err);
@@ -543,7 +543,7 @@ static void encode_p2_75(const float * x, const float * importance, uint8_t * bl
 
 #include "encode_p2.inl"
 
-/* --- entry --------------------------------------------------------------------------------------------------------- */
+/* --- entry --- */
 
 ccq_status ccq_encode_paper_block(const ccq_type_info * type, const float * x, const float * importance_or_null,
                                   uint8_t * block) {
