@@ -16,7 +16,7 @@ import numpy as np
 
 from ccq_format.layouts import GROUP, LAYOUTS, Layout, TrellisCode
 
-ACT_BLOCK = np.dtype([("d", "<f4"), ("sum", "<i4"), ("q", "i1", GROUP)])
+ACT_BLOCK = np.dtype([("d", "<f4"), ("sum", "<i4"), ("q", "<i2", GROUP)])
 COLUMNS = 4096
 
 
@@ -46,7 +46,7 @@ def check(layout: Layout, blocks: np.ndarray, x: np.ndarray, act: np.ndarray) ->
     """Raise ``AssertionError`` unless products are within the bound."""
     w = ccq_backend.decode(layout, blocks).astype(float)
     d = np.repeat(act.view(ACT_BLOCK)["d"].astype(float), GROUP, axis=1)
-    bound = d @ np.abs(w).T * (0.5 + 2.0**-14) + (np.abs(x) + d) @ np.abs(w).T * (COLUMNS / GROUP / 4 + 6) * 2.0**-24
+    bound = d @ np.abs(w).T * (0.5 + 2.0**-7) + (np.abs(x) + d) @ np.abs(w).T * (COLUMNS / GROUP / 4 + 7) * 2.0**-24
     error = np.abs(ccq_backend.mul_mat(layout, blocks, act) - x.astype(float) @ w.T)
     assert np.all(error <= bound), f"{layout.name}: product out of bounds"
 

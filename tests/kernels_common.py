@@ -16,7 +16,8 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 T_LAYOUTS = [layout for layout in LAYOUTS if isinstance(layout.code, TrellisCode)]
-ACT_BLOCK = np.dtype([("d", "<f4"), ("sum", "<i4"), ("q", "i1", GROUP)])
+ACT_BLOCK = np.dtype([("d", "<f4"), ("sum", "<i4"), ("q", "<i2", GROUP)])
+ACT_MAX = 127 * 256
 
 TESTS = Path(__file__).resolve().parent
 

@@ -74,7 +74,7 @@ EVERY_CALL = """
 import numpy as np
 import ccq_backend
 from ccq_format import errors
-act = np.zeros((1, 72), np.uint8)
+act = np.zeros((1, ccq_backend.ACT_BLOCK_BYTES), np.uint8)
 calls = [
     lambda: ccq_backend.isa(),
     lambda: ccq_backend.decode("ccq_t2", np.zeros((1, 17), np.uint8)),

@@ -123,16 +123,16 @@ static void quantize(const float * x, int64_t n_blocks, ccq_act_block * out) {
             if (top >= 0x7f800000) { out->d = ccq_bits_float(0x7fc00000u); }
             continue;
         }
-        const float inverse = 127.0f / amax;
+        const float inverse = (float)CCQ_ACT_MAX / amax;
         int32_t sum = 0;
         for (int i = 0; i < CCQ_GROUP; i++) {
             /* Adding 1.5 * 2^23 leaves the integer nearest to the product, ties to even, in the low mantissa bits. */
             const float shifted = x[i] * inverse + 12582912.0f;
             const int32_t q = (int32_t)(ccq_float_bits(shifted) - 0x4b400000u);
-            out->q[i] = (int8_t)q;
+            out->q[i] = (int16_t)q;
             sum += q;
         }
-        out->d = amax / 127.0f;
+        out->d = amax / (float)CCQ_ACT_MAX;
         out->sum = sum;
     }
 }

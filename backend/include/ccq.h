@@ -68,14 +68,16 @@ typedef struct ccq_encode_params {
 ccq_status ccq_encode(int32_t type, const float * weights, int64_t n_rows, int64_t n_cols,
                       const ccq_encode_params * params, void * blocks);
 
-/* --- products with int8 activations ----------------------------------------------------------------------------- */
+/* --- products with integer activations -------------------------------------------------------------------------- */
 
-/* The activation format (backend/cpu/ACTIVATIONS.md): per 64 values a float32 scale, the int32 sum of the 64 int8
- * values, and those values; 72 bytes, never stored in a file. */
+/* The activation format (backend/cpu/ACTIVATIONS.md): per 64 values a float32 scale, the int32 sum of the 64 integers,
+ * and those integers; 136 bytes, never stored in a file. */
+#define CCQ_ACT_MAX 32512 /* largest magnitude of those integers: 127 * 256 */
+
 typedef struct ccq_act_block {
     float d;
     int32_t sum;
-    int8_t q[CCQ_GROUP];
+    int16_t q[CCQ_GROUP];
 } ccq_act_block;
 
 /* Quantize n floats (a multiple of 64) to n / 64 blocks.  Block-local: any run of whole blocks may be done alone. */

@@ -1,4 +1,4 @@
-/* AVX2 versions of the parts of kernels.inl that compilers do not find: the int8 dot product, and decoding a group to
+/* AVX2 versions of the parts of kernels.inl that compilers do not find: the dot product, and decoding a group to
  * 16-bit values.  Included by avx2/kernels.c and avx512/kernels.c.
  *
  * 16 consecutive windows of a T block start 16 * mean stride bits apart, which is a whole number of bytes, and two
@@ -41,15 +41,13 @@ CCQ_AVX2_INLINE dot_acc add_products(dot_acc acc, __m128i sums, __m128 scales, _
 
 /* --- int8 levels ------------------------------------------------------------------------------------------------ */
 
-/* maddubs wants one unsigned factor: |v|, with v's sign moved to q.  |v| and |q| are at most 127, so a pair's sum fits
- * 16 bits without saturation. */
-CCQ_AVX2_INLINE __m256i products(const int8_t * v, const int8_t * q) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    const __m256i v0 = _mm256_loadu_si256((const __m256i *)v), v1 = _mm256_loadu_si256((const __m256i *)(v + 32));
-    const __m256i q0 = _mm256_loadu_si256((const __m256i *)q), q1 = _mm256_loadu_si256((const __m256i *)(q + 32));
-    const __m256i p0 = _mm256_maddubs_epi16(_mm256_abs_epi8(v0), _mm256_sign_epi8(q0, v0));
-    const __m256i p1 = _mm256_maddubs_epi16(_mm256_abs_epi8(v1), _mm256_sign_epi8(q1, v1));
-    return _mm256_add_epi32(_mm256_madd_epi16(p0, ones), _mm256_madd_epi16(p1, ones));
+CCQ_AVX2_INLINE __m256i products(const int8_t * v, const int16_t * q) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int i = 0; i < CCQ_GROUP; i += 16) {
+        const __m256i v16 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(v + i)));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(v16, _mm256_loadu_si256((const __m256i *)(q + i))));
+    }
+    return sum;
 }
 
 /* Add n <= 4 groups, the first of which goes to the first accumulator. */
@@ -218,10 +216,10 @@ CCQ_AVX2_INLINE void values_p2(const uint8_t * block, int group, __m256i out[4])
 
 /* --- from values to kernels ------------------------------------------------------------------------------------- */
 
-CCQ_AVX2_INLINE __m256i value_products(const __m256i value[4], const int8_t * q) {
+CCQ_AVX2_INLINE __m256i value_products(const __m256i value[4], const int16_t * q) {
     __m256i sum = _mm256_setzero_si256();
     for (int i = 0; i < 4; i++) {
-        const __m256i q16 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(q + 16 * i)));
+        const __m256i q16 = _mm256_loadu_si256((const __m256i *)(q + 16 * i));
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(value[i], q16));
     }
     return sum;
