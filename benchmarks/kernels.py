@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-import ccq_backend
 import numpy as np
 
+import ccq_backend
 from ccq_format.layouts import GROUP, LAYOUTS, Layout, TrellisCode
 
 ACT_BLOCK = np.dtype([("d", "<f4"), ("sum", "<i4"), ("q", "<i2", GROUP)])

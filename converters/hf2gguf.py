@@ -184,11 +184,7 @@ def write_metadata(
     writer.add_type(gguf.GGUFType.MODEL)
     _model_card(model_dir, family.arch_name, sources).set_gguf_meta_model(writer)
     for key, value in writer.kv_data[0].items():
-        # Files of other people: a temperature may be a string there, a licence a number.
-        kind = value.type if value.sub_type is None else value.sub_type
-        wanted = str if kind == gguf.GGUFValueType.STRING else (int, float)
-        entries = value.value if isinstance(value.value, list) else [value.value]
-        if not all(isinstance(entry, wanted) for entry in entries):
+        if not _storable(value.value, value.type):
             raise ModelError(f"{key} would be {value.value!r}: see the model card and the configs", file=model_dir)
     family.write_metadata(writer)
     if type_name in _FILE_TYPES:
@@ -197,6 +193,17 @@ def write_metadata(
     vocab.write(writer)
     for kind, token in family.tokenizer_extras().items():
         writer.add_uint32(f"tokenizer.ggml.{kind}_token_id", token)
+
+
+def _storable(value: object, kind: gguf.GGUFValueType) -> bool:
+    """Whether a value can be written as ``kind``.  Model cards are free text: a temperature may be a string there."""
+    if kind == gguf.GGUFValueType.ARRAY:
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    if kind == gguf.GGUFValueType.STRING:
+        return isinstance(value, str)
+    if kind == gguf.GGUFValueType.FLOAT32:
+        return isinstance(value, (int, float)) and abs(value) < 3e38
+    return isinstance(value, int) and abs(value) < 2**31
 
 
 def _model_card(model_dir: Path, arch: str, sources: list[TensorSource]) -> gguf.Metadata:

@@ -12,11 +12,11 @@ import argparse
 import time
 from pathlib import Path
 
-import ccq_backend
 import click
+
+import ccq_backend
 from ccq_converters import evaluate, hf2gguf, llama
 from ccq_converters.plan import QuantOptions, cpu_count, format_bytes
-
 from ccq_format.errors import CcqError
 from ccq_format.gguf_io import open_model
 

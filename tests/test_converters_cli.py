@@ -13,10 +13,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from ccq_converters.cli import main
-from ccq_converters.encode import error_weights
 from click.testing import CliRunner, Result
 
+from ccq_converters.cli import main
+from ccq_converters.encode import error_weights
 from ccq_format import codec, layouts
 from ccq_format.gguf_io import ModelWriter, open_model
 
@@ -282,7 +282,6 @@ def test_usage_errors(source: Path) -> None:
 
 def test_version_and_plugin_path() -> None:
     import ccq_backend
-
     import ccq_format
 
     assert ccq_format.__version__ in ok("--version")

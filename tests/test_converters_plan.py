@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ccq_converters.encode import check_weights, encode_rows, error_weights, rows_of_importance
-from ccq_converters.plan import COPIED_TYPES, PLAIN_TYPES, QuantOptions, TensorSource, block, make_plan, parse_type
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ccq_converters.encode import check_weights, encode_rows, error_weights, rows_of_importance
+from ccq_converters.plan import COPIED_TYPES, PLAIN_TYPES, QuantOptions, TensorSource, block, make_plan, parse_type
 from ccq_format import layouts
 from ccq_format.errors import ImportanceError, PlanError, WeightsError
 

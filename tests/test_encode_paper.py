@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ccq_backend
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ccq_backend
 from ccq_format import layouts
 
 F32 = npt.NDArray[np.float32]

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+
 from ccq_converters import evaluate, hf2gguf, llama
 from ccq_converters.cli import main
 from ccq_converters.dequantize import dequantize
 from ccq_converters.plan import QuantOptions
 from ccq_converters.quantize import quantize, sources_of
 from ccq_converters.stream import write_model
-from click.testing import CliRunner
-
 from ccq_format.errors import EvalError, InputError
 from ccq_format.gguf_io import open_model
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ccq_converters.hf2gguf import convert
-from ccq_converters.plan import QuantOptions
 from safetensors.torch import load_file, save_file
 
+from ccq_converters.hf2gguf import convert
+from ccq_converters.plan import QuantOptions
 from ccq_format.errors import ModelError
 from ccq_format.gguf_io import open_model
 
@@ -113,7 +113,7 @@ def edit_tensors(path: Path, **changes: torch.Tensor | None) -> None:
         (
             "llama",
             {"rope_parameters": {"rope_type": "linear", "factor": 1e300}},
-            ["'factor' must be a positive number"],
+            ["'factor' must be a positive"],
         ),
         (
             "llama",
@@ -298,6 +298,8 @@ def test_unreadable_model_card(copy: Callable[[str], Path]) -> None:
     [
         ("generation_config.json", '{"temperature": "hot"}', "general.sampling.temp"),
         ("generation_config.json", '{"top_k": [1]}', "general.sampling.top_k"),
+        ("generation_config.json", '{"top_k": 1e99}', "general.sampling.top_k"),
+        ("README.md", "---\nlanguage: [en, 3]\n---\n", "general.languages"),
         ("README.md", "---\nlicense: 3\n---\n", "general.license"),
     ],
 )

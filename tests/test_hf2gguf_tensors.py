@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from ccq_converters.arch.config import Config
 from ccq_converters.arch.rope import Rope
 from ccq_converters.hf2gguf import convert
 from ccq_converters.plan import Plan, QuantOptions
-from safetensors.torch import load_file, save_file
-
 from ccq_format.gguf_io import open_model
 
 from .upstream_diff.models import EXAMPLE, LLAMA3_ROPE, MOE, QWEN_MOE, Case, build

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ccq_backend
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,6 +18,7 @@ from kernels_common import (
     sane_blocks,
 )
 
+import ccq_backend
 from ccq_format import errors
 from ccq_format.layouts import GROUP, LAYOUTS, Layout
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ccq_backend
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_common import F32, T_LAYOUTS, U8, levels_and_scales, random_blocks, same_bits
 
+import ccq_backend
 from ccq_format import errors
 from ccq_format.layouts import GROUP, Layout
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import platform
 
-import ccq_backend
 import pytest
 from kernels_common import run_python
 
+import ccq_backend
 from ccq_format.layouts import LAYOUTS
 
 SUPPORTED = [name for name, supported in ccq_backend.isas() if supported]

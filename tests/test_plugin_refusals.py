@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("llama_cpp.llama_cpp", reason="runs in llama-cpp-python")
+llama = pytest.importorskip("llama_cpp.llama_cpp", reason="runs in llama-cpp-python")
 import ccq_backend  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -71,12 +71,9 @@ def compile(compiler: str, *arguments: str | Path) -> None:
 
 
 def load_in_fake(library: Path) -> tuple[int, str]:
+    code = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).ggml_backend_load(sys.argv[2].encode()))"
     child = subprocess.run(
-        [sys.executable, "-c", "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).ggml_backend_load(sys.argv[2].encode()))"]
-        + [str(library), str(PLUGIN)],
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [sys.executable, "-c", code, str(library), str(PLUGIN)], capture_output=True, text=True, timeout=60
     )
     return child.returncode, child.stderr
 
@@ -127,6 +124,35 @@ def test_statically_linked_host(tmp_path: Path) -> None:
         [program, PLUGIN], capture_output=True, text=True, timeout=60, env={**os.environ, "LD_PRELOAD": str(PLUGIN)}
     )
     assert (again.returncode, again.stderr) == (0, child.stderr)
+
+
+def test_preloaded_into_a_linked_tool(tmp_path: Path) -> None:
+    """LD_PRELOAD activates the plugin before main; without it, or with CCQ_ISA wrong, the tool is as it was."""
+    folder = Path(llama.__file__).parent / "lib"
+    tool = tmp_path / "tool"
+    libraries = [f"-l:libggml{part}.so.0" for part in ("", "-base", "-cpu")]
+    compile(
+        CC, HERE / "plugin/linked_host.c", "-o", tool, f"-L{folder}", "-Wl,--no-as-needed", *libraries,
+        f"-Wl,-rpath,{folder}",
+    )  # fmt: skip
+
+    def output(**env: str) -> tuple[str, str]:
+        child = subprocess.run(
+            [tool], env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=True
+        )
+        return child.stdout.strip(), child.stderr.strip()
+
+    assert output()[0].startswith("TYPE_IQ4_NL_4_4 REMOVED")
+    name, line = output(LD_PRELOAD=str(PLUGIN))
+    assert name == "ccq_t2"
+    assert line.startswith("ccq: active in ggml ")
+    assert "\n" not in line
+    name, line = output(LD_PRELOAD=str(PLUGIN), CCQ_ISA="z80")
+    assert name.startswith("TYPE_IQ4_NL_4_4 REMOVED")
+    assert line.startswith("ccq: not active, nothing patched: CCQ_ISA")
+    # Other programs that inherit the variable hear nothing of it.
+    shell = subprocess.run(["sh", "-c", "true"], env={**os.environ, "LD_PRELOAD": str(PLUGIN)}, capture_output=True)
+    assert (shell.returncode, shell.stdout, shell.stderr) == (0, b"", b"")
 
 
 def test_not_called_by_a_ggml() -> None:

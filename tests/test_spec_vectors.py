@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import ccq_backend
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ccq_backend
 from ccq_format import codec, layouts
 from ccq_format.errors import BlockError
 from ccq_format.layouts import GROUP, LAYOUTS, Layout, PaperCode, TrellisCode

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
 from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
 from ccq_converters.plan import QuantOptions
 from ccq_converters.pretokenizer import pretokenizer_name
 from ccq_converters.vocab import load_vocab
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
 from ccq_format.errors import ModelError
 from ccq_format.gguf_io import open_model
 

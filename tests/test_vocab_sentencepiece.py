@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor
+from sentencepiece import sentencepiece_model_pb2 as spm
+
 from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
 from ccq_converters.plan import QuantOptions
 from ccq_converters.vocab import load_vocab
-from sentencepiece import SentencePieceProcessor
-from sentencepiece import sentencepiece_model_pb2 as spm
-
 from ccq_format.errors import ModelError
 
 from .upstream_diff.models import EXAMPLE, Case, build

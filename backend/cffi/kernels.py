@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from ccq_format import errors, layouts
 
 from ._ccq import ffi, lib

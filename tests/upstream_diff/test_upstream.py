@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from ccq_converters.hf2gguf import convert
 from ccq_converters.plan import QuantOptions
-
 from ccq_format.gguf_io import Model, open_model
 
 from .fetch import source_tree
