@@ -148,7 +148,8 @@ def paper_table() -> str:
             c = t.code
             shifts = ", ".join(map(str, c.shifts))
             rows.append([f"`{t.name.upper()}`", c.word_bits, shifts, f"0x{c.mask:X}", c.zero_point, c.scale_bits])
-    return _markdown(["type", "word (bits)", "shifts, weight 0 first", "mask", "zero point", "local scale (bits)"], rows)
+    head = ["type", "word (bits)", "shifts, weight 0 first", "mask", "zero point", "local scale (bits)"]
+    return _markdown(head, rows)
 
 
 def layout_table(layout: Layout) -> str:
