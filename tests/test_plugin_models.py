@@ -1,7 +1,8 @@
 """Whole models in a stock llama.cpp: a file with CCQ tensors against the same file decoded to float32.
 
-What the plugin adds is the rounding of activations to integers, as llama.cpp's own quantized types do.  The mean KL divergence to
-the decoded file must be no larger than that of a Q8_0 file to its own decoded weights, on the same model and text.
+What the plugin adds is the rounding of activations to integers, as llama.cpp's own quantized types do.  The mean KL
+divergence to the decoded file must be no larger than that of a Q8_0 file to its own decoded weights, on the same model
+and text.
 """
 
 from __future__ import annotations
@@ -114,8 +115,7 @@ def write_model(path: Path, tensors: Tensors, experts: int) -> Path:
     w.add_vocab_size(VOCAB)
     if experts:
         w.add_expert_count(experts)
-        # All of them: with fewer, a router's near tie that falls the other way would drown what is measured.
-        w.add_expert_used_count(experts)
+        w.add_expert_used_count(2)
     w.add_tokenizer_model("llama")
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     pieces += [f"t{i}" for i in range(VOCAB - len(pieces))]

@@ -155,6 +155,20 @@ def test_preloaded_into_a_linked_tool(tmp_path: Path) -> None:
     assert (shell.returncode, shell.stdout, shell.stderr) == (0, b"", b"")
 
 
+def test_preloaded_where_backends_are_loaded_later(tmp_path: Path) -> None:
+    """A build that loads its backends at run time has no CPU device yet: it is told where to find the plugin."""
+    fake, tool = tmp_path / "libggml-fake.so", tmp_path / "tool"
+    compile(CC, "-shared", "-fPIC", "-w", "-DNO_CPU_DEVICE", HERE / "plugin/fake_host.c", "-o", fake, "-ldl")
+    (tmp_path / "tool.c").write_text(
+        '#include <stdio.h>\n#include <stdlib.h>\nint main(void) { puts(getenv("GGML_BACKEND_PATH")); return 0; }\n'
+    )
+    compile(CC, tmp_path / "tool.c", "-o", tool, "-Wl,--no-as-needed", fake, f"-Wl,-rpath,{tmp_path}")
+    env = {k: v for k, v in os.environ.items() if k != "GGML_BACKEND_PATH"} | {"LD_PRELOAD": str(PLUGIN)}
+    for extra, expected in (({}, str(PLUGIN)), ({"GGML_BACKEND_PATH": "/other.so"}, "/other.so")):
+        child = subprocess.run([tool], env=env | extra, capture_output=True, text=True, timeout=60, check=True)
+        assert (child.stdout.strip(), child.stderr) == (expected, "")
+
+
 def test_not_called_by_a_ggml() -> None:
     """Whoever calls ggml_backend_init otherwise is not the copy that will run the model."""
     lines = run("""
