@@ -1,0 +1,256 @@
+/* Digests of everything that a kernel set computes, on fixed pseudo-random inputs.
+ *
+ *     kernel_digest [NAME...]
+ *
+ * runs every kernel set of the build that this CPU supports (or the named ones), each in a process of its own, because
+ * the set is chosen once per process, and prints
+ *
+ *     sets <name>=<0 or 1> ...             the build's sets, and whether this CPU runs them
+ *     begin <set>                          the set that the library says it uses
+ *     <set> <type> <operation> <digest>
+ *     end <set> <number of digests>
+ *     done <number of sets that failed>
+ *
+ * Inputs come from integer arithmetic alone, so they are the same on every machine; which bits a NaN has is
+ * specified for decoding only, so NaNs of products are made equal.  As process 1 (the /init of an initramfs) the
+ * program waits to be switched off when it is done. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "../../backend/cpu/kernels.h"
+
+enum { SANE_ROWS = 6, RANDOM_ROWS = 13, ROWS = SANE_ROWS + RANDOM_ROWS, COLS = 32, MAX_BLOCKS = 9, MAX_WEIGHTS = 512 };
+enum { MAX_ROW = MAX_BLOCKS * MAX_WEIGHTS, MAX_ROW_BYTES = MAX_BLOCKS * 160, ENCODE_ROWS = 6 };
+
+static const char * set_name;
+static int lines;
+
+/* --- inputs ----------------------------------------------------------------------------------------------------- */
+
+static uint64_t random_state;
+
+static uint32_t random_bits(void) { /* splitmix64 */
+    uint64_t z = random_state += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (uint32_t)((z ^ (z >> 31)) >> 32);
+}
+
+/* Nearly normal, standard deviation 0.58; one in 64 is eight times as large. */
+static float random_value(void) {
+    int32_t sum = -2 * 65535;
+    for (int i = 0; i < 4; i++) { sum += (int32_t)(random_bits() & 0xffff); }
+    return (float)sum / 65536.0f * (random_bits() % 64 ? 1.0f : 8.0f);
+}
+
+static void random_bytes(uint8_t * out, size_t n) {
+    for (size_t i = 0; i < n; i++) { out[i] = (uint8_t)random_bits(); }
+}
+
+/* Give a block of random bytes scales of ordinary size: no NaN, no overflow. */
+static void make_sane(const ccq_type_info * type, uint8_t * block) {
+    const uint16_t super_scale = 0x3c12; /* bfloat16 0.0089 */
+    const float code_scale = 113.7f, code_zp = 21.3f;
+    if (ccq_type_index(type->gguf_id) <= CCQ_INDEX_T3) {
+        block[0] = (uint8_t)(150 + block[0] % 70);
+        return;
+    }
+    memcpy(block, &super_scale, sizeof super_scale); /* the first field of every P block */
+    if (type->gguf_id == CCQ_P2_ID) {
+        memcpy(block + offsetof(ccq_p2_block, code_scale), &code_scale, sizeof code_scale);
+        memcpy(block + offsetof(ccq_p2_block, code_zp), &code_zp, sizeof code_zp);
+    }
+}
+
+/* COLS rows of activations; from the fourth on, with blocks that are zero, tiny, huge or not finite. */
+static void random_activations(float * x, int n) {
+    for (int c = 0; c < COLS; c++) {
+        for (int i = 0; i < n; i++) { x[c * n + i] = random_value(); }
+        if (c < 3) { continue; }
+        float * block = x + c * n + (int)(random_bits() % (uint32_t)(n / CCQ_GROUP)) * CCQ_GROUP;
+        const float factors[8] = {0.0f, 0x1p-99f, 0x1p-101f, 0x1p-140f, 0x1p120f, -0.0f, 1.0f, 1.0f};
+        for (int i = 0; i < CCQ_GROUP; i++) { block[i] *= factors[c % 8]; }
+        const uint32_t special = c % 16 == 6 ? 0x7f800000u : c % 16 == 7 ? 0xffc12345u : 0;
+        if (special) { memcpy(block + random_bits() % CCQ_GROUP, &special, sizeof special); }
+    }
+}
+
+/* ENCODE_ROWS rows of weights: ordinary, heavy tailed, mostly zero, far too small, far too large, few values. */
+static void random_weights(float * w, int n) {
+    for (int i = 0; i < n; i++) {
+        const float v = random_value();
+        w[i] = v * 0.03f;
+        w[n + i] = v * v * v * 0.1f;
+        w[2 * n + i] = random_bits() % 50 ? 0.0f : v;
+        w[3 * n + i] = v * 0x1p-24f;
+        w[4 * n + i] = v * 40000.0f;
+        w[5 * n + i] = (float)(int32_t)(v * 3.0f) * 0.25f;
+    }
+}
+
+static void random_importance(float * out, int n) {
+    for (int i = 0; i < n; i++) {
+        const float v = random_value();
+        out[i] = random_bits() % 40 ? v * v * v * v : 0.0f;
+    }
+}
+
+/* --- output ----------------------------------------------------------------------------------------------------- */
+
+static void digest(const char * type, const char * operation, int number, const void * data, size_t n) {
+    const uint8_t * bytes = data;
+    uint64_t hash = 0xcbf29ce484222325u; /* FNV-1a */
+    for (size_t i = 0; i < n; i++) { hash = (hash ^ bytes[i]) * 0x100000001b3u; }
+    printf("%s %s %s/%d %016llx\n", set_name, type, operation, number, (unsigned long long)hash);
+    lines++;
+}
+
+static void digest_products(const char * type, const char * operation, int number, float * out, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        if (out[i] != out[i]) { out[i] = ccq_bits_float(0x7fc00000u); }
+    }
+    digest(type, operation, number, out, n * sizeof(float));
+}
+
+static void check(ccq_status status) {
+    if (status != CCQ_OK) {
+        printf("error %s %s\n", set_name, ccq_status_text(status));
+        fflush(stdout);
+        _exit(1);
+    }
+}
+
+/* --- operations ------------------------------------------------------------------------------------------------- */
+
+static uint8_t blocks[ROWS * MAX_ROW_BYTES];
+static float values[ROWS * MAX_ROW > COLS * MAX_ROW ? ROWS * MAX_ROW : COLS * MAX_ROW];
+static float importance[ENCODE_ROWS * MAX_ROW];
+static float scales[ROWS * MAX_ROW / CCQ_GROUP];
+static int8_t levels[ROWS * MAX_ROW];
+static ccq_act_block activations[COLS * MAX_ROW / CCQ_GROUP];
+static float products[ROWS * COLS];
+
+static void decode_and_multiply(const ccq_kernels * kernels, const ccq_type_info * type, int n_blocks) {
+    static const int columns[] = {1, 3, COLS};
+    const int index = ccq_type_index(type->gguf_id), n = n_blocks * type->block_weights, groups = n / CCQ_GROUP;
+    const size_t row_bytes = (size_t)(n_blocks * type->block_bytes);
+    random_bytes(blocks, ROWS * row_bytes);
+    for (int b = 0; b < SANE_ROWS * n_blocks; b++) { make_sane(type, blocks + b * type->block_bytes); }
+
+    check(ccq_decode(type->gguf_id, blocks, ROWS * n, values));
+    digest(type->name, "decode", n_blocks, values, (size_t)(ROWS * n) * sizeof(float));
+    kernels->levels[index](blocks, ROWS * n_blocks, levels, scales);
+    digest(type->name, "levels", n_blocks, levels, (size_t)(ROWS * n));
+    digest_products(type->name, "scales", n_blocks, scales, (size_t)(ROWS * groups));
+
+    random_activations(values, n);
+    check(ccq_quantize_activations(values, COLS * n, activations));
+    digest(type->name, "activations", n_blocks, activations, (size_t)(COLS * groups) * sizeof *activations);
+
+    for (int r = 0; r < ROWS; r++) {
+        check(ccq_vec_dot(type->gguf_id, n, blocks + (size_t)r * row_bytes, activations + (r % COLS) * groups,
+                          products + r));
+    }
+    digest_products(type->name, "vec_dot", n_blocks, products, ROWS);
+    for (size_t i = 0; i < sizeof columns / sizeof columns[0]; i++) {
+        check(ccq_mul_mat(type->gguf_id, n, blocks, (int64_t)row_bytes, ROWS, activations, groups, columns[i],
+                          products, ROWS));
+        digest_products(type->name, columns[i] == 1 ? "mul_mat_1" : columns[i] == 3 ? "mul_mat_3" : "mul_mat_32",
+                        n_blocks, products, (size_t)(ROWS * columns[i]));
+    }
+}
+
+static void encode(const ccq_type_info * type) {
+    const int trellis = ccq_type_index(type->gguf_id) <= CCQ_INDEX_T3, n_blocks = trellis ? 6 : 2;
+    const int n = n_blocks * type->block_weights;
+    const size_t bytes = (size_t)(ENCODE_ROWS * n_blocks * type->block_bytes);
+    ccq_encode_params params = {.n_threads = 1};
+    random_weights(values, n);
+    random_importance(importance, ENCODE_ROWS * n);
+
+    check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
+    digest(type->name, "encode", n_blocks, blocks, bytes);
+    params.importance = importance;
+    params.importance_stride = n;
+    check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
+    digest(type->name, "encode_weighted", n_blocks, blocks, bytes);
+    if (trellis) {
+        for (int i = 0; i < ENCODE_ROWS * n_blocks; i++) { scales[i] = 0x1p-11f; }
+        params = (ccq_encode_params){.n_threads = 1, .scales = scales};
+        check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
+        digest(type->name, "encode_scaled", n_blocks, blocks, bytes);
+    }
+}
+
+/* Every metric of every step, which the encoder's bytes show only where they change the way. */
+static void viterbi(const ccq_kernels * kernels, const ccq_type_info * type) {
+    ccq_trellis * trellis = NULL;
+    float x[CCQ_GROUP], w[CCQ_GROUP];
+    if (posix_memalign((void **)&trellis, 64, sizeof *trellis) != 0) { check(CCQ_ERR_MEMORY); }
+    for (int variant = 0; variant < 8; variant++) {
+        memset(trellis, 0, sizeof *trellis);
+        ccq_trellis_init(trellis, ccq_type_index(type->gguf_id));
+        for (int i = 0; i < CCQ_GROUP; i++) { x[i] = random_value() * 60.0f; }
+        random_importance(w, CCQ_GROUP);
+        if (variant & 4) { /* a cycle through one state */
+            for (int i = 0; i < CCQ_TRELLIS_STATES; i++) { trellis->metric[0][i] = ccq_bits_float(0x7f800000u); }
+            trellis->metric[0][random_bits() % 512] = 0;
+        }
+        kernels->viterbi(trellis, x, variant & 1 ? w : NULL, variant & 2 ? 37 : 0);
+        digest(type->name, "viterbi", variant, trellis->metric, sizeof trellis->metric);
+    }
+    free(trellis);
+}
+
+static int run_set(const char * name) {
+    static const int sizes[] = {1, 2, 3, 4, 7, MAX_BLOCKS};
+    static const int32_t ids[] = {
+#define X(STEM, stem, id, weights, bytes) id,
+        CCQ_TYPES(X)
+#undef X
+    };
+    const ccq_kernels * kernels;
+    (void)setenv("CCQ_ISA", name, 1);
+    check(ccq_isa(&set_name));
+    check(ccq_active_kernels(&kernels));
+    printf("begin %s\n", set_name);
+    for (size_t t = 0; t < sizeof ids / sizeof ids[0]; t++) {
+        const ccq_type_info * type = ccq_type(ids[t]);
+        random_state = 1000 + t;
+        for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) { decode_and_multiply(kernels, type, sizes[i]); }
+        encode(type);
+        if (ccq_type_index(ids[t]) <= CCQ_INDEX_T3) { viterbi(kernels, type); }
+        fflush(stdout);
+    }
+    printf("end %s %d\n", set_name, lines);
+    fflush(stdout);
+    return 0;
+}
+
+int main(int argc, char ** argv) {
+    int32_t supported;
+    int failures = 0;
+    printf("sets");
+    for (int32_t i = 0; (set_name = ccq_isa_name(i, &supported)) != NULL; i++) { printf(" %s=%d", set_name, supported); }
+    printf("\n");
+    for (int32_t i = 0; (set_name = ccq_isa_name(i, &supported)) != NULL; i++) {
+        int wanted = supported && argc == 1;
+        for (int a = 1; a < argc; a++) { wanted |= strcmp(argv[a], set_name) == 0; }
+        if (!wanted) { continue; }
+        fflush(stdout);
+        const pid_t child = fork();
+        if (child == 0) { _exit(run_set(set_name)); }
+        int status = -1;
+        if (child < 0 || waitpid(child, &status, 0) != child || status != 0) {
+            printf("failed %s status %d\n", set_name, status);
+            failures++;
+        }
+    }
+    printf("done %d\n", failures);
+    fflush(stdout);
+    while (getpid() == 1) { (void)pause(); }
+    return failures != 0;
+}
