@@ -1,4 +1,5 @@
-"""Speed and error of the kernels, one thread: ``python benchmarks/kernels.py [--encode N]`` (``CCQ_ISA`` as usual).
+"""Speed and error of the kernels, one thread: ``python benchmarks/kernels.py [--encode N] [--effort NAME]``
+(``CCQ_ISA`` as usual).
 
 Every type is checked first: products against the decoded weights within the bound of backend/cpu/ACTIVATIONS.md, and
 the encoder's error is printed with its time.  A weight counts once per product.
@@ -56,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--encode", type=int, default=16384, metavar="N", help="weights to encode (default 16384)")
     parser.add_argument("--rows", type=int, default=512, help="rows of the matrix that is multiplied (default 512)")
+    parser.add_argument("--effort", choices=list(ccq_backend.EFFORTS), default="default", help="of encoding")
     args = parser.parse_args()
     rng = np.random.default_rng(1)
     x = rng.standard_normal((32, COLUMNS)).astype(np.float32)
@@ -71,7 +73,7 @@ def main() -> None:
         many = 32 * weights / best_time(partial(ccq_backend.mul_mat, layout, blocks, act)) / 1e9
         w = rng.standard_normal((-(-args.encode // 1024), 1024)).astype(np.float32)
         start = time.process_time()
-        encoded = ccq_backend.encode(layout, w, threads=1)
+        encoded = ccq_backend.encode(layout, w, threads=1, effort=args.effort)
         per_weight = (time.process_time() - start) / w.size * 1e6
         error = ccq_backend.decode(layout, encoded).astype(float) - w
         relmse = float((error**2).sum() / (w.astype(float) ** 2).sum())

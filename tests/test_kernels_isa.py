@@ -45,6 +45,10 @@ for layout in LAYOUTS:
     out[layout.name + " encode"] = digest(ccq_backend.encode(layout, w))
     out[layout.name + " encode weighted"] = digest(ccq_backend.encode(layout, w, importance))
     if isinstance(layout.code, TrellisCode):
+        for effort in ("fast", "best"):
+            out[layout.name + " encode " + effort] = digest(ccq_backend.encode(layout, w, importance, effort=effort))
+        importance[:, ::17] *= 10000
+        out[layout.name + " encode channels"] = digest(ccq_backend.encode(layout, w * np.float32(1e-3), importance))
         scales = np.full((3, 2), 2.0**-6, np.float32)
         out[layout.name + " encode scaled"] = digest(ccq_backend.encode(layout, w, scales=scales))
 print(json.dumps(out))

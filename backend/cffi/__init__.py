@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from .kernels import ACT_BLOCK_BYTES, decode, encode, isa, isas, mul_mat, quantize_activations, vec_dot
+from .kernels import ACT_BLOCK_BYTES, EFFORTS, decode, encode, isa, isas, mul_mat, quantize_activations, vec_dot
 from .plugin import load_plugin, plugin_path
 
 __all__ = [
     "ACT_BLOCK_BYTES",
+    "EFFORTS",
     "decode",
     "encode",
     "isa",

@@ -20,6 +20,13 @@ U8 = npt.NDArray[np.uint8]
 ACT_BLOCK_BYTES: int = ffi.sizeof("ccq_act_block")
 """Bytes of one block (64 values) of the activation format."""
 
+EFFORTS: dict[str, int] = {
+    "fast": lib.CCQ_EFFORT_FAST,
+    "default": lib.CCQ_EFFORT_DEFAULT,
+    "best": lib.CCQ_EFFORT_BEST,
+}
+"""How far the encoder searches, by name."""
+
 _ERRORS: dict[int, type[errors.CcqError]] = {
     lib.CCQ_ERR_ROW_LENGTH: errors.ShapeError,
     lib.CCQ_ERR_WEIGHTS: errors.WeightsError,
@@ -93,12 +100,14 @@ def encode(
     importance: npt.ArrayLike | None = None,
     scales: npt.ArrayLike | None = None,
     threads: int = 0,
+    effort: str = "default",
 ) -> U8:
     """Encode a matrix so that ``sum(importance * (weights - decoded)**2)`` is small.
 
     ``weights``: f32 [rows, cols]; ``importance``: f32 [cols] or [rows, cols], >= 0, or ``None`` for all ones;
     ``scales``: T types only, f32 [rows, cols / 64], fixes every block's scale instead of searching it;
-    ``threads``: 0 = one per CPU.  Returns u8 [rows, row bytes], the same for any number of threads and kernel set.
+    ``threads``: 0 = one per CPU; ``effort``: a key of ``EFFORTS``, how far the T types' encoder searches for a smaller
+    error (P types have one way).  Returns u8 [rows, row bytes], the same for any number of threads and kernel set.
 
     Raises ``ShapeError``, ``WeightsError``, ``ImportanceError``, ``BackendError``.
     """
@@ -109,7 +118,9 @@ def encode(
         out = np.empty((rows, layout.row_bytes(cols)), np.uint8)
     except ValueError as e:
         raise errors.ShapeError(str(e)) from None
-    params = ffi.new("ccq_encode_params *", {"n_threads": threads})
+    if effort not in EFFORTS:
+        raise errors.BackendError(f"'{effort}' is no effort; there are {', '.join(EFFORTS)}")
+    params = ffi.new("ccq_encode_params *", {"n_threads": threads, "effort": EFFORTS[effort]})
     keep: list[npt.NDArray[np.float32]] = []  # the buffers behind the pointers in params
     if importance is not None:
         imp = np.ascontiguousarray(importance, np.float32)

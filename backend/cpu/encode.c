@@ -22,6 +22,7 @@ typedef struct {
     const float * importance;
     int64_t importance_stride;
     const float * scales;
+    int32_t effort;
     int64_t n_cols;
     int64_t n_blocks;
     int64_t run; /* blocks taken at a time */
@@ -48,7 +49,7 @@ static void encode_block(const worker * self, int64_t block) {
         return;
     }
     const int32_t scale_byte = j->scales == NULL ? -1 : ccq_trellis_scale_byte(j->scales[block]);
-    ccq_encode_trellis_block(j->kernels, self->trellis, j->weights + at, importance, scale_byte, out);
+    ccq_encode_trellis_block(j->kernels, self->trellis, j->weights + at, importance, scale_byte, j->effort, out);
 }
 
 static void * work(void * argument) {
@@ -129,6 +130,8 @@ ccq_status ccq_encode(int32_t type, const float * weights, int64_t n_rows, int64
         j.importance = params->importance;
         j.importance_stride = params->importance_stride;
         j.scales = params->scales;
+        j.effort = (int32_t)params->effort;
+        if (j.effort < CCQ_EFFORT_DEFAULT || j.effort > CCQ_EFFORT_BEST) { return CCQ_ERR_ARGUMENT; }
         if (j.importance_stride < 0 || (j.scales != NULL && j.index > CCQ_INDEX_T3)) { return CCQ_ERR_ARGUMENT; }
     }
     if (n_cols % j.type->block_weights) { return CCQ_ERR_ROW_LENGTH; }

@@ -30,15 +30,15 @@ CCQ_STATIC_ASSERT(CCQ_T1_5_WINDOW_BITS == 12 && CCQ_T2_WINDOW_BITS == 12 && CCQ_
 
 /* Working memory of one encoder thread, and the tables of the T type it encodes.
  *
- * packed[step & 1] holds the levels as bfloat16 (exact: they have 7 bits), two to a word, in the order in which a
- * Viterbi step reads them; viterbi_step in kernels.inl says which.  Half the bytes of a float table, which would fill
- * half of a first-level cache. */
+ * The tables by step & 1 hold the levels in the order in which a Viterbi step reads them: the window
+ * (run * part + k) << after | p at (run * ways + p) * part + k; viterbi_step in kernels.inl says what these are. */
 typedef struct ccq_trellis {
-    int32_t stride[2];                               /* of even and odd steps */
-    int8_t level[CCQ_TRELLIS_LEVELS];                /* by window */
-    uint32_t packed[2][CCQ_TRELLIS_LEVELS / 2];      /* of even and odd steps */
-    float sorted[CCQ_TRELLIS_STATES];                /* the metrics entering a step, split by predecessor */
-    float metric[CCQ_GROUP + 1][CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
+    int32_t stride[2];                                  /* of even and odd steps */
+    int8_t level[CCQ_TRELLIS_LEVELS];                   /* by window */
+    int16_t levels[2][CCQ_TRELLIS_LEVELS];              /* of even and odd steps */
+    int16_t scaled[2][CCQ_TRELLIS_LEVELS];              /* CCQ_FACTOR_ONE times that */
+    uint16_t sorted[CCQ_TRELLIS_STATES];                /* the metrics entering a step, split by predecessor */
+    uint16_t metric[CCQ_GROUP + 1][CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
 } ccq_trellis;
 
 /* The kernels of one instruction set.  Pointers are valid and counts whole blocks: the entry points check. */
@@ -54,8 +54,8 @@ typedef struct ccq_kernels {
                       const ccq_act_block * act, int64_t act_stride, int64_t n_cols, float * out, int64_t out_stride);
     void (*quantize)(const float * x, int64_t n_blocks, ccq_act_block * out);
     /* One pass of the Viterbi algorithm over the 64 steps that start at step `first` of the block and wrap around.
-     * metric[0] is given; fills metric[1..64].  x is in units of the levels; w is NULL for all ones. */
-    void (*viterbi)(ccq_trellis * trellis, const float * x, const float * w, int32_t first);
+     * metric[0] is given; fills metric[1..64].  The meaning of x and factor (NULL for all ones) is ccq_step_cost's. */
+    void (*viterbi)(ccq_trellis * trellis, const int16_t * x, const int16_t * factor, int32_t first);
 } ccq_kernels;
 
 extern const ccq_kernels ccq_kernels_scalar;
@@ -70,12 +70,50 @@ int32_t ccq_type_index(int32_t gguf_id);
 
 /* --- T encoder (encode_trellis.c) ------------------------------------------------------------------------------- */
 
+/* The cost of a step, an integer: the squared error in units of eight squared levels, times the weight's factor (root of
+ * the importance, CCQ_FACTOR_ONE for 1) squared; rounded to nearest.  Three ways to write it in 16-bit operations:
+ *
+ *   no factors                   x is CCQ_FACTOR_ONE times the weight in units of the scale
+ *   factor <= CCQ_FACTOR_SCALED  x is `factor` times the weight
+ *   larger factors               x is CCQ_FACTOR_ONE times the weight; errors are bounded, then multiplied
+ *
+ * Costs stay below 32768, and so do the metrics to which they are added: CCQ_METRIC_MAX stands for all above.  A weight
+ * that is a level exactly costs nothing there. */
+enum {
+    CCQ_FACTOR_ONE = 64,
+    CCQ_FACTOR_SCALED = 128,
+    CCQ_FACTOR_MAX = 2040,
+    CCQ_METRIC_MAX = 32767,
+    CCQ_LEVEL_MAX = 127
+};
+
+/* The largest magnitude of x: so that no error leaves 16 bits, and so that weights far above the largest level, which
+ * have large errors on all ways, do not lift all metrics to CCQ_METRIC_MAX. */
+static inline int32_t ccq_value_bound(int32_t factor) {
+    if (factor > CCQ_FACTOR_SCALED) { return CCQ_LEVEL_MAX * CCQ_FACTOR_ONE; }
+    const int32_t far = (CCQ_LEVEL_MAX + 64) * factor, room = 32767 - CCQ_LEVEL_MAX * factor;
+    return far < room ? far : room;
+}
+
+/* The bound on CCQ_FACTOR_ONE times the error above CCQ_FACTOR_SCALED. */
+static inline int32_t ccq_error_bound(int32_t factor) { return (32767 / (factor >> 3)) << 3; }
+
+static inline int32_t ccq_step_cost(int32_t x, int32_t factor, int32_t level) {
+    int32_t error = x - level * (factor <= CCQ_FACTOR_SCALED ? factor : CCQ_FACTOR_ONE);
+    if (factor > CCQ_FACTOR_SCALED) {
+        error = error < 0 ? -error : error;
+        error = error < ccq_error_bound(factor) ? error : ccq_error_bound(factor);
+        error = (error >> 3) * (factor >> 3);
+    }
+    return (error * error + (1 << 14)) >> 15;
+}
+
 /* Fill the tables for the type at `index` (a T type). */
 void ccq_trellis_init(ccq_trellis * trellis, int32_t index);
 
 /* Encode 64 weights; w is NULL for all ones; scale_byte < 0: searched. */
 void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis, const float * x, const float * w,
-                              int32_t scale_byte, uint8_t * block);
+                              int32_t scale_byte, int32_t effort, uint8_t * block);
 
 /* The scale byte that means exactly `scale`, or -1. */
 int32_t ccq_trellis_scale_byte(float scale);

@@ -1,6 +1,6 @@
 /* The kernels, one template for every instruction set: the including file defines CCQ_SET (the name of the table) and
  * is compiled with that set's flags.  Loops are written so that GCC and clang vectorise them; where intrinsics are
- * clearly faster, avx2/dot.h and avx2/split.h come first and define CCQ_HAVE_FAST_*.
+ * clearly faster, avx2/dot.h and avx2/viterbi.h come first and define CCQ_HAVE_FAST_*.
  *
  * The arithmetic of dot products is fixed by ACTIVATIONS.md: exact int32 per group, then float32 in one order, so all
  * sets give the same bits. */
@@ -143,61 +143,56 @@ static void quantize(const float * x, int64_t n_blocks, ccq_act_block * out) {
  * bits).  Only the least cost is kept, not the way: the traceback finds it again from the metrics, which leaves the
  * loop free of compares and index bookkeeping.
  *
- * The states after the step fall into 2^before runs of `part`, whose predecessors are the same in the same order.  In
- * a run, states k and k + part / 2 go together: their levels with predecessor p are the low and high half of word
- * (run * ways + p) * part / 2 + k of `packed`.
- *
- * weighted is a constant: a factor of 1 needs no multiply, with equal bits. */
-CCQ_INLINE float step_cost(float before, float x, uint32_t level_bits, float w, int weighted) {
-    const float error = x - ccq_bits_float(level_bits);
-    float cost = error * error;
-    if (weighted) { cost = cost * w; }
-    return before + cost;
-}
-
-#ifndef CCQ_HAVE_FAST_SPLIT
-/* sorted[p * part + j] = in[j * ways + p]: metrics by predecessor, so that consecutive states read consecutive ones. */
-CCQ_INLINE void split_metrics(const float * restrict in, float * restrict sorted, int after, int part) {
-    for (int j = 0; j < part; j++) {
-        for (int p = 0; p < 1 << after; p++) { sorted[p * part + j] = in[(j << after) + p]; }
-    }
-}
-#endif
-
-CCQ_INLINE void viterbi_step(const float * restrict in, float * restrict sorted, float * restrict out,
-                             const uint32_t * restrict packed, int before, int after, float x, float w, int weighted) {
+ * The states after the step fall into 2^before runs of `part`, whose predecessors are the same in the same order.  All
+ * of it is integer arithmetic with one meaning, so every set finds the same ways. */
+#ifndef CCQ_HAVE_FAST_VITERBI
+CCQ_INLINE void viterbi_step(const uint16_t * restrict in, uint16_t * restrict sorted, uint16_t * restrict out,
+                             const int16_t * restrict levels, int before, int after, int32_t x, int32_t factor) {
     const int ways = 1 << after;
     const int part = (CCQ_TRELLIS_LEVELS >> after) >> before;
-    const int half = part / 2;
-    split_metrics(in, sorted, after, part);
+    for (int j = 0; j < part; j++) {
+        for (int p = 0; p < ways; p++) { sorted[p * part + j] = in[(j << after) + p]; }
+    }
     for (int run = 0; run < 1 << before; run++) {
-        const uint32_t * restrict words = packed + run * ways * half;
-        float * restrict target = out + run * part;
-        for (int k = 0; k < half; k++) {
-            float low = 0, high = 0;
+        for (int k = 0; k < part; k++) {
+            int32_t least = CCQ_METRIC_MAX;
             for (int p = 0; p < ways; p++) {
-                const uint32_t word = words[p * half + k];
-                const float cost_low = step_cost(sorted[p * part + k], x, word << 16, w, weighted);
-                const float cost_high = step_cost(sorted[p * part + half + k], x, word & 0xffff0000u, w, weighted);
-                low = p == 0 || cost_low < low ? cost_low : low;
-                high = p == 0 || cost_high < high ? cost_high : high;
+                const int32_t level = levels[(run * ways + p) * part + k];
+                const int32_t cost = (int32_t)sorted[p * part + k] + ccq_step_cost(x, factor, level);
+                least = cost < least ? cost : least;
             }
-            target[k] = low;
-            target[half + k] = high;
+            out[run * part + k] = (uint16_t)least;
         }
     }
 }
 
+/* Bring the least of the n metrics to 0. */
+static void lower_metrics(uint16_t * metric, int n) {
+    uint16_t least = CCQ_METRIC_MAX;
+    for (int i = 0; i < n; i++) { least = metric[i] < least ? metric[i] : least; }
+    for (int i = 0; i < n; i++) { metric[i] = (uint16_t)(metric[i] - least); }
+}
+
 #define CCQ_STEP(before, after)                                                                                        \
-    static __attribute__((noinline)) void step_##before##after(const float * in, float * sorted, float * out,          \
-                                                               const uint32_t * packed, float x, float w,              \
-                                                               int weighted) {                                         \
-        if (weighted) {                                                                                                \
-            viterbi_step(in, sorted, out, packed, before, after, x, w, 1);                                             \
+    static __attribute__((noinline)) void step_##before##after(ccq_trellis * trellis, int parity, const uint16_t * in, \
+                                                               uint16_t * out, int32_t x, int32_t factor) {            \
+        viterbi_step(in, trellis->sorted, out, trellis->levels[parity], before, after, x, factor);                     \
+    }
+#else
+#define CCQ_STEP(before, after)                                                                                        \
+    static __attribute__((noinline)) void step_##before##after(ccq_trellis * trellis, int parity, const uint16_t * in, \
+                                                               uint16_t * out, int32_t x, int32_t factor) {            \
+        const int16_t * levels = trellis->levels[parity];                                                              \
+        const int16_t * scaled = trellis->scaled[parity];                                                      \
+        if (factor == CCQ_FACTOR_ONE) {                                                                                \
+            viterbi_step(in, trellis->sorted, out, scaled, before, after, x, factor, COST_PLAIN);                  \
+        } else if (factor <= CCQ_FACTOR_SCALED) {                                                                      \
+            viterbi_step(in, trellis->sorted, out, levels, before, after, x, factor, COST_SCALED);                     \
         } else {                                                                                                       \
-            viterbi_step(in, sorted, out, packed, before, after, x, w, 0);                                             \
+            viterbi_step(in, trellis->sorted, out, scaled, before, after, x, factor, COST_BOUNDED);                \
         }                                                                                                              \
     }
+#endif
 CCQ_STEP(1, 2)
 CCQ_STEP(2, 1)
 CCQ_STEP(2, 2)
@@ -205,23 +200,26 @@ CCQ_STEP(2, 3)
 CCQ_STEP(3, 2)
 CCQ_STEP(3, 3)
 
-static void viterbi(ccq_trellis * trellis, const float * x, const float * w, int32_t first) {
+/* Steps between those that lower the metrics: 8 average errors are far below CCQ_METRIC_MAX. */
+enum { LOWER_EVERY = 8 };
+
+static void viterbi(ccq_trellis * trellis, const int16_t * x, const int16_t * factor, int32_t first) {
     for (int i = 0; i < CCQ_GROUP; i++) {
         const int t = (first + i) % CCQ_GROUP;
         const int before = trellis->stride[(t + 1) & 1];
         const int after = trellis->stride[t & 1];
-        const float * in = trellis->metric[i];
-        const uint32_t * packed = trellis->packed[t & 1];
-        float * out = trellis->metric[i + 1];
-        const float weight = w ? w[t] : 1.0f;
+        const uint16_t * in = trellis->metric[i];
+        uint16_t * out = trellis->metric[i + 1];
+        const int32_t f = factor != NULL ? factor[t] : CCQ_FACTOR_ONE;
         switch (before * 4 + after) {
-        case 1 * 4 + 2: step_12(in, trellis->sorted, out, packed, x[t], weight, w != NULL); break;
-        case 2 * 4 + 1: step_21(in, trellis->sorted, out, packed, x[t], weight, w != NULL); break;
-        case 2 * 4 + 2: step_22(in, trellis->sorted, out, packed, x[t], weight, w != NULL); break;
-        case 2 * 4 + 3: step_23(in, trellis->sorted, out, packed, x[t], weight, w != NULL); break;
-        case 3 * 4 + 2: step_32(in, trellis->sorted, out, packed, x[t], weight, w != NULL); break;
-        default: step_33(in, trellis->sorted, out, packed, x[t], weight, w != NULL); break;
+        case 1 * 4 + 2: step_12(trellis, t & 1, in, out, x[t], f); break;
+        case 2 * 4 + 1: step_21(trellis, t & 1, in, out, x[t], f); break;
+        case 2 * 4 + 2: step_22(trellis, t & 1, in, out, x[t], f); break;
+        case 2 * 4 + 3: step_23(trellis, t & 1, in, out, x[t], f); break;
+        case 3 * 4 + 2: step_32(trellis, t & 1, in, out, x[t], f); break;
+        default: step_33(trellis, t & 1, in, out, x[t], f); break;
         }
+        if ((i + 1) % LOWER_EVERY == 0) { lower_metrics(out, CCQ_TRELLIS_LEVELS >> after); }
     }
 }
 

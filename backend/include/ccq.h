@@ -55,11 +55,18 @@ const char * ccq_isa_name(int32_t i, int32_t * supported);
 /* Decode n weights (a multiple of the type's block) to float32, bit-exact as the spec says. */
 ccq_status ccq_decode(int32_t type, const void * blocks, int64_t n, float * out);
 
+typedef enum ccq_effort {
+    CCQ_EFFORT_DEFAULT = 0,
+    CCQ_EFFORT_FAST = 1, /* less than half of the default's time; errors 1 to 4 % larger */
+    CCQ_EFFORT_BEST = 2, /* three times its time; errors 1 % smaller */
+} ccq_effort;
+
 typedef struct ccq_encode_params {
     int32_t n_threads;          /* <= 0: one per online CPU */
     const float * importance;   /* weights of the squared error, >= 0; NULL: all ones */
     int64_t importance_stride;  /* floats from one row's importance to the next; 0: all rows share n_cols values */
     const float * scales;       /* T types only: fixes each block's scale (n_rows * n_cols / 64); NULL: searched */
+    int32_t effort;             /* a ccq_effort: how far the T types' encoder searches; P types have one way */
 } ccq_encode_params;
 
 /* Encode an n_rows x n_cols row-major matrix so that sum(importance * (w - decoded)^2) is small.  The bytes do not
