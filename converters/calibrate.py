@@ -175,9 +175,7 @@ def _packages(model_dir: Path) -> tuple[Any, Any]:
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
-def load_windows(
-    model_dir: Path, family: Family, text_path: Path, ctx: int, chunks: int | None
-) -> NDArray[np.int64]:
+def load_windows(model_dir: Path, family: Family, text_path: Path, ctx: int, chunks: int | None) -> NDArray[np.int64]:
     """Token ids of the text, int64 ``[windows, ctx]``.  Raises ``EvalError``, ``ModelError``, ``ImportanceError``."""
     text = read_text(text_path)
     vocab = load_vocab(model_dir, family.vocab_size)
@@ -266,7 +264,7 @@ def _products(
     for layer in range(family.layers):
         for _, names, source in _inputs(tensors, layer):
             shapes[names[0]] = (source.row_len, source.row_len)
-            shared.update({name: names[0] for name in names[1:]})
+            shared.update(dict.fromkeys(names[1:], names[0]))
         experts = _expert_names(tensors, layer)
         if experts is not None:
             for tensor in (experts[0], experts[2]):

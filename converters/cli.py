@@ -104,8 +104,8 @@ def _quant_options(command: _F) -> _F:
         click.option(
             "--imatrix",
             type=click.Path(path_type=Path),
-            help="Importance file that weights the errors of the CCQ types: from 'ccq-convert calibrate' or llama.cpp's "
-            "llama-imatrix (GGUF or the older binary form).",
+            help="Importance file that weights the errors of the CCQ types: from 'ccq-convert calibrate' or "
+            "llama.cpp's llama-imatrix (GGUF or the older binary form).",
         ),
         click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]"),
         click.option("--dry-run", is_flag=True, help="Only print the plan."),
@@ -197,15 +197,11 @@ def calibrate(model_dir: Path, text: Path, output: Path, hessian: Path | None, *
     """
     from . import calibrate as calibrator
 
-    result = calibrator.calibrate(
-        model_dir, text, output, calibrator.CalibrationOptions(**settings), hessian=hessian
-    )
+    result = calibrator.calibrate(model_dir, text, output, calibrator.CalibrationOptions(**settings), hessian=hessian)
     report = result.expert_report({name: entry.counts.size for name, entry in result.entries.items()})
     if report:
         click.echo(f"Warning: {report}", err=True)
-    click.echo(
-        f"{output}: {len(result.entries)} matrices, {result.chunk_count} windows of {result.chunk_size} tokens"
-    )
+    click.echo(f"{output}: {len(result.entries)} matrices, {result.chunk_count} windows of {result.chunk_size} tokens")
 
 
 @main.command()

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +73,7 @@ class HessianWriter:
         start = 8 + len(text)
         self._offsets = {name: start + offset for name, offset in self._offsets.items()}
         try:
-            self._file = open(self._temporary, "xb")
+            self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by close() and abort()
             self._file.write(len(text).to_bytes(8, "little") + text)
             self._file.truncate(start + at)
         except OSError as error:
@@ -148,7 +148,7 @@ class Hessians:
         """Raises ``ImportanceError`` if the file cannot be read or is no Hessian file."""
         self.file = os.fspath(path)
         try:
-            self._file = safe_open(self.file, framework="numpy")
+            self._file: Any = safe_open(self.file, framework="numpy")
             metadata = self._file.metadata() or {}
             shared = json.loads(metadata.get("ccq.shared", "{}"))
         except (SafetensorError, OSError, ValueError) as error:

@@ -88,7 +88,11 @@ def check_importance(plan: Plan, importance: Importance) -> None:
     missing = [name for name in wanted if name not in found]
     if missing:
         log.warning(
-            "%s: no importance for %d of %d tensors (such as %s)", importance.file, len(missing), len(wanted), missing[0]
+            "%s: no importance for %d of %d tensors (such as %s)",
+            importance.file,
+            len(missing),
+            len(wanted),
+            missing[0],
         )
     report = importance.expert_report(found)
     if report:

@@ -195,7 +195,7 @@ def test_hessians_are_shared_and_checked(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     with safe_open(path, "numpy") as file:  # by the package itself: names, shapes and sharing as documented
         shared = json.loads(file.metadata()["ccq.shared"])
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
     assert shared == {
         f"blk.{n}.{name}.weight": f"blk.{n}.{stored}.weight"
         for n in range(2)
