@@ -148,8 +148,8 @@ class Hessians:
         """Raises ``ImportanceError`` if the file cannot be read or is no Hessian file."""
         self.file = os.fspath(path)
         try:
-            self._file: Any = safe_open(self.file, framework="numpy")
-            metadata = self._file.metadata() or {}
+            opened: Any = safe_open(self.file, framework="numpy")
+            metadata = opened.metadata() or {}
             shared = json.loads(metadata.get("ccq.shared", "{}"))
         except (SafetensorError, OSError, ValueError) as error:
             raise ImportanceError(f"is no intact safetensors file: {error}", file=self.file) from None
@@ -158,7 +158,8 @@ class Hessians:
                 f"is no Hessian file of version {VERSION}: ccq.hessian is {metadata.get('ccq.hessian')!r}",
                 file=self.file,
             )
-        self._stored = frozenset(self._file.keys())
+        self._file = opened
+        self._stored = frozenset(opened.keys())
         self._shared = shared
 
     def __contains__(self, name: str) -> bool:

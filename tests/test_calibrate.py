@@ -94,7 +94,8 @@ def small(case: Case, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("case", "in_file"), [*((case, False) for case in MODELS), (MODELS[0], True), (MODELS[3], True)],
+    ("case", "in_file"),
+    [*((case, False) for case in MODELS), (MODELS[0], True), (MODELS[3], True)],
     ids=lambda value: value.name if isinstance(value, Case) else ("file" if value else "memory"),
 )
 def test_sums_and_products_are_those_of_a_full_forward(
