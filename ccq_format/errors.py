@@ -84,7 +84,8 @@ class WeightsError(CcqError):
 
 
 class ImportanceError(CcqError):
-    """An importance is negative, NaN or infinite, or its shape does not fit the weights."""
+    """An importance is negative, NaN or infinite, or its shape does not fit the weights; an importance or Hessian file
+    is damaged or belongs to another model; or none can be computed."""
 
 
 class ModelError(CcqError):

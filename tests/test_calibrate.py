@@ -1,0 +1,338 @@
+"""``ccq-convert calibrate`` against a plain forward pass of transformers, and against llama.cpp's llama-imatrix."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner, Result
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from ccq_converters import calibrate as module
+from ccq_converters import imatrix
+from ccq_converters.arch import family_of
+from ccq_converters.calibrate import CalibrationOptions, calibrate, load_windows
+from ccq_converters.cli import main
+from ccq_converters.hessian import Hessians
+from ccq_converters.hf2gguf import convert
+from ccq_converters.plan import QuantOptions
+from ccq_format.errors import EvalError, ImportanceError, ModelError, OutputError
+
+from .upstream_diff.models import CASES, EXAMPLE, MOE, QWEN_MOE, Case, build, save_bpe
+
+DATA = Path(__file__).parent / "data"
+HELDOUT = EXAMPLE.parent / "heldout.txt"
+CTX, CHUNKS = 32, 5
+
+MODELS = [
+    Case("llama", "llama", {"attention_bias": True, "head_dim": 32}),
+    next(case for case in CASES if case.name == "llama3-tied-bf16"),
+    Case("qwen3-yarn", "qwen3", {"head_dim": 16, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}}),
+    Case("mixtral", "mixtral", {**MOE}, torch.bfloat16),
+    Case("qwen3-moe-fused", "qwen3_moe", {**QWEN_MOE, "num_experts": 16, "num_local_experts": 16}, fused=True),
+    Case("qwen3-moe-sharded", "qwen3_moe", {**QWEN_MOE}, torch.bfloat16, shards=True),
+]  # fmt: skip
+
+NAMES = {
+    "self_attn.q_proj": ("attn_q", "attn_k", "attn_v"),
+    "self_attn.o_proj": ("attn_output",),
+    "mlp.gate_proj": ("ffn_gate", "ffn_up"),
+    "mlp.down_proj": ("ffn_down",),
+    "mlp.gate": ("ffn_gate_inp",),
+}
+
+
+def plain_forward(folder: Path, windows: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """The inputs of every matrix in float64, ``[tokens, channels]`` per matrix, by one forward of the whole model."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager", local_files_only=True
+    )
+    seen: dict[str, list[np.ndarray]] = {}
+
+    def keep(names: tuple[str, ...], x: torch.Tensor) -> None:
+        for name in names:
+            seen.setdefault(name, []).append(x.detach().reshape(-1, x.shape[-1]).double().numpy())
+
+    def expert_inputs(layer: int, experts: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x, index, _ = args
+        width = experts.down_proj.shape[-1]
+        for expert in range(len(experts.down_proj)):
+            mine = x[(index == expert).any(dim=1)]
+            both = mine @ experts.gate_up_proj[expert].T
+            keep((f"blk.{layer}.ffn_gate_exps.weight", f"blk.{layer}.ffn_up_exps.weight"), mine)
+            inner = torch.nn.functional.silu(both[:, :width]) * both[:, width:]
+            keep((f"blk.{layer}.ffn_down_exps.weight",), inner)
+
+    for number, layer in enumerate(model.model.layers):
+        for name, ours in NAMES.items():
+            try:
+                part = layer.get_submodule(name)
+            except AttributeError:
+                continue
+            full = tuple(f"blk.{number}.{name}.weight" for name in ours)
+            part.register_forward_pre_hook(lambda _m, args, full=full: keep(full, args[0]))
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.register_forward_pre_hook(lambda m, args, n=number: expert_inputs(n, m, args))
+    output = "token_embd.weight" if model.config.tie_word_embeddings else "output.weight"
+    model.lm_head.register_forward_pre_hook(lambda _m, args: keep((output,), args[0]))
+    with torch.no_grad():
+        model(torch.from_numpy(windows))
+    return seen
+
+
+def small(case: Case, folder: Path) -> Path:
+    build(case, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "in_file"),
+    [*((case, False) for case in MODELS), (MODELS[0], True), (MODELS[3], True)],
+    ids=lambda value: value.name if isinstance(value, Case) else ("file" if value else "memory"),
+)
+def test_sums_and_products_are_those_of_a_full_forward(
+    case: Case, in_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several batches, the last one smaller; hidden states in memory or in a file."""
+    folder = small(case, tmp_path / "model")
+    monkeypatch.setattr(module, "_BATCH", 2 * CTX)
+    if in_file:
+        monkeypatch.setattr(module, "_IN_MEMORY", 0)
+    out, products = tmp_path / "i.gguf", tmp_path / "h.safetensors"
+    options = CalibrationOptions(ctx=CTX, chunks=CHUNKS, threads=1, process_output=True)
+    calibrate(folder, HELDOUT, out, options, hessian=products, progress=False)
+    windows = load_windows(folder, family_of(folder), HELDOUT, CTX, CHUNKS)
+    assert windows.shape == (CHUNKS, CTX)
+    expected = plain_forward(folder, windows)
+    got, hessians = imatrix.load(out), Hessians(products)
+    assert set(got.entries) == set(expected)
+    assert (got.chunk_count, got.chunk_size, got.datasets) == (CHUNKS, CTX, [str(HELDOUT)])
+    for name, inputs in expected.items():
+        entry = got.entries[name]
+        assert entry.counts.tolist() == [len(x) for x in inputs]
+        sums = np.stack([np.square(x).sum(axis=0) for x in inputs])
+        np.testing.assert_allclose(entry.sums.reshape(sums.shape), sums, rtol=1e-4, atol=1e-6 * sums.max())
+        if "ffn_gate_inp" in name:
+            assert name not in hessians
+            continue
+        for matrix, x in enumerate(inputs):
+            product, count = hessians.product(name, len(inputs), x.shape[1], matrix)
+            assert count == len(x)
+            exact = x.T @ x
+            np.testing.assert_allclose(product, exact, rtol=0, atol=1e-4 * max(1.0, np.abs(exact).max()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["h.safetensors", "i.gguf", "model"]
+
+
+def test_an_unhit_expert_is_counted(tmp_path: Path) -> None:
+    """The router sees one channel; whatever its sign, two of six experts are never among the best two."""
+    config = {**QWEN_MOE, "num_experts": 6, "num_local_experts": 6}
+    folder = small(Case("moe", "qwen3_moe", config), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    norm = tensors["model.layers.1.post_attention_layernorm.weight"]
+    norm[:] = 0.0
+    norm[0] = 1.0
+    router = tensors["model.layers.1.mlp.gate.weight"]
+    router[:] = 0.0
+    router[:, 0] = [5.0, 4.0, 0.5, -0.5, -4.0, -5.0]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    result = run(folder, HELDOUT, tmp_path / "i.gguf", "--chunks", 2)
+    assert result.exit_code == 0, result.output
+    importance = imatrix.load(tmp_path / "i.gguf")
+    for name in ("gate", "up", "down"):
+        entry = importance.entries[f"blk.1.ffn_{name}_exps.weight"]
+        high, low = entry.counts[0], entry.counts[5]
+        assert entry.counts.tolist() == [high, high, 0, 0, low, low]
+        assert high + low == 2 * CTX
+        got = importance.for_tensor(f"blk.1.ffn_{name}_exps.weight", 6, entry.sums.size // 6)
+        assert got is not None
+        assert got.min() > 0
+    assert "never hit 6 and hit" in result.stderr
+
+
+def run(folder: Path, text: Path, out: Path, *more: object) -> Result:
+    arguments = ["calibrate", folder, "--text", text, "-o", out, "--ctx", CTX, "--threads", 1, *more]
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_equals_llama_imatrix(tmp_path: Path) -> None:
+    """The bundled model on llama-imatrix's own windows; llama.cpp multiplies with float16 weights and activations."""
+    calibrate(EXAMPLE, HELDOUT, tmp_path / "i.gguf", CalibrationOptions(ctx=128, chunks=8), progress=False)
+    ours, theirs = imatrix.load(tmp_path / "i.gguf"), imatrix.load(DATA / "manllama-4m.imatrix.gguf")
+    assert set(ours.entries) == set(theirs.entries)
+    assert (ours.chunk_count, ours.chunk_size) == (theirs.chunk_count, theirs.chunk_size)
+    for name, entry in ours.entries.items():
+        assert entry.counts.tolist() == theirs.entries[name].counts.tolist()
+        np.testing.assert_allclose(entry.sums, theirs.entries[name].sums, rtol=3e-3)
+        np.testing.assert_allclose(entry.sums.sum(), theirs.entries[name].sums.sum(), rtol=3e-4)
+
+
+def test_the_file_fits_the_converted_model(tmp_path: Path) -> None:
+    """Names and shapes are those of hf2gguf for a dense model and a mixture of experts: no warning but of experts."""
+    for case in (MODELS[0], MODELS[3]):
+        folder = tmp_path / case.name
+        build(case, folder)
+        out = tmp_path / f"{case.name}.gguf"
+        importance = calibrate(folder, HELDOUT, out, CalibrationOptions(ctx=CTX, chunks=2), progress=False)
+        plan = convert(folder, Path(), QuantOptions("f16", dry_run=True))
+        shapes = {t.source.name: t.source for t in plan.tensors}
+        for name in importance.entries:
+            importance.check(name, shapes[name].matrices, shapes[name].row_len)
+        matrices = {n for n, s in shapes.items() if n.startswith("blk.") and len(s.shape) > 1}
+        assert set(importance.entries) == matrices
+
+
+def test_hessians_are_shared_and_checked(tmp_path: Path) -> None:
+    folder = small(MODELS[0], tmp_path / "model")
+    path = tmp_path / "h.safetensors"
+    result = run(folder, HELDOUT, tmp_path / "i.gguf", "--chunks", 2, "--hessian", path)
+    assert result.exit_code == 0, result.output
+    with safe_open(path, "numpy") as file:  # by the package itself: names, shapes and sharing as documented
+        shared = json.loads(file.metadata()["ccq.shared"])
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+    assert shared == {
+        f"blk.{n}.{name}.weight": f"blk.{n}.{stored}.weight"
+        for n in range(2)
+        for name, stored in (("attn_k", "attn_q"), ("attn_v", "attn_q"), ("ffn_up", "ffn_gate"))
+    }
+    assert shapes["blk.1.ffn_down.weight"] == [96, 96]
+    assert shapes["blk.1.ffn_down.weight.counts"] == [1]
+    hessians = Hessians(path)
+    np.testing.assert_array_equal(
+        hessians.product("blk.0.attn_k.weight", 1, 64)[0], hessians.product("blk.0.attn_q.weight", 1, 64)[0]
+    )
+    assert "blk.7.attn_q.weight" not in hessians
+    for name, matrices, width, reason in (
+        ("blk.7.attn_q.weight", 1, 64, "has no Hessian"),
+        ("blk.0.attn_q.weight", 1, 128, r"has the shape \[64, 64\], not \[128, 128\]"),
+        ("blk.0.attn_q.weight", 4, 64, r"not \[4, 64, 64\]"),
+    ):
+        with pytest.raises(ImportanceError, match=reason):
+            hessians.product(name, matrices, width)
+    tensors = load_file(path)
+    tensors["blk.0.attn_q.weight"][3, 3] = np.nan
+    save_file(tensors, tmp_path / "nan.safetensors", metadata={"ccq.hessian": "1"})
+    with pytest.raises(ImportanceError, match="NaN"):
+        Hessians(tmp_path / "nan.safetensors").product("blk.0.attn_q.weight", 1, 64)
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-5])
+    for other, reason in ((folder / "model.safetensors", "no Hessian file"), (tmp_path / "cut.safetensors", "intact")):
+        with pytest.raises(ImportanceError, match=reason):
+            Hessians(other)
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def test_windows_start_with_bos_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
+    folder = small(Case("llama", "llama"), tmp_path / "model")
+    family = family_of(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h i j k l m n o p q r s t u v w x y z\n" * 20)
+    without = load_windows(folder, family, text, 16, None)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["add_bos_token"] = True
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    bos = load_windows(folder, family, text, 16, None)
+    assert (bos[:, 0] == 1).all()
+    assert (without[:, 0] != 1).any()
+    np.testing.assert_array_equal(bos[0, 1:], without[0, :-1])  # one token later
+    assert load_windows(folder, family, text, 16, 3).shape == (3, 16)
+
+
+def test_byte_level_tokenizers(tmp_path: Path) -> None:
+    folder = small(Case("llama", "llama", {"bos_token_id": 1}), tmp_path / "model")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).unlink()
+    save_bpe(folder, "llama3")
+    windows = load_windows(folder, family_of(folder), HELDOUT, CTX, 4)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    ids = tokenizer(HELDOUT.read_text().removesuffix("\n"))["input_ids"][: 4 * CTX]
+    expected = np.array(ids).reshape(4, CTX)
+    assert expected[0, 0] == 1
+    expected[:, 0] = 1
+    np.testing.assert_array_equal(windows, expected)
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small(MODELS[3], tmp_path / "model")
+    monkeypatch.setattr(module, "_IN_MEMORY", 0)
+    original, seen = module._Run._layer, []
+
+    def interrupted(self: module._Run, index: int, advance: object) -> None:
+        original(self, index, advance)  # type: ignore[arg-type]
+        seen.append(sorted(p.name for p in tmp_path.iterdir()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Run, "_layer", interrupted)
+    result = run(folder, HELDOUT, tmp_path / "i.gguf", "--hessian", tmp_path / "h.safetensors")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines() == ["Interrupted; no file was written."]
+    assert len(seen) == 1
+    assert any(name.startswith(".h.safetensors.") for name in seen[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_existing_files_are_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small(MODELS[0], tmp_path / "model")
+    out, products = tmp_path / "i.gguf", tmp_path / "h.safetensors"
+    monkeypatch.setattr(module, "load_windows", lambda *_: pytest.fail("work has begun"))
+    for existing in (out, products):
+        existing.write_bytes(b"mine")
+        with pytest.raises(OutputError, match="exists already"):
+            calibrate(folder, HELDOUT, out, hessian=products)
+        assert existing.read_bytes() == b"mine"
+        existing.unlink()
+    with pytest.raises(OutputError, match="folder does not exist"):
+        calibrate(folder, HELDOUT, tmp_path / "nowhere" / "i.gguf")
+    with pytest.raises(ImportanceError, match="both"):
+        calibrate(folder, HELDOUT, out, hessian=out)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_overwrite(tmp_path: Path) -> None:
+    folder = small(MODELS[0], tmp_path / "model")
+    (tmp_path / "i.gguf").write_bytes(b"old")
+    result = run(folder, HELDOUT, tmp_path / "i.gguf", "--chunks", 2, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert imatrix.load(tmp_path / "i.gguf").chunk_count == 2
+
+
+def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = run(EXAMPLE, HELDOUT, tmp_path / "i.gguf")
+    assert result.exit_code == 1
+    assert "needs torch and transformers (pip install 'ccq[calibrate]')" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unusable_input(tmp_path: Path) -> None:
+    folder = small(MODELS[0], tmp_path / "model")
+    out, text = tmp_path / "i.gguf", tmp_path / "text.txt"
+    text.write_text("too short")
+    with pytest.raises(ImportanceError, match=r"text\.txt: has \d tokens, one window needs 512"):
+        calibrate(folder, text, out)
+    text.write_bytes(b"\xff\xff")
+    with pytest.raises(EvalError, match="no UTF-8"):
+        calibrate(folder, text, out)
+    with pytest.raises(ModelError, match="its context is 512 tokens, not 513"):
+        calibrate(folder, HELDOUT, out, CalibrationOptions(ctx=513))
+    with pytest.raises(ModelError, match="no such folder"):
+        calibrate(tmp_path / "nowhere", HELDOUT, out)
+    shutil.rmtree(tmp_path / "model")
+    build(MODELS[0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][:] = 1e38
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ImportanceError, match=r"blk\.1\.ffn_down\.weight'.*not finite"):
+        calibrate(folder, HELDOUT, out, CalibrationOptions(ctx=CTX, chunks=2), progress=False)
+    assert not out.exists()
