@@ -7,7 +7,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find backend ccq_format convert
 # pip keeps the wheel of llama-cpp-python: only its first installation compiles llama.cpp (6 to 15 minutes on 2 cores).
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: setup demo test test-slow test-upstream generate vectors check clean
+.PHONY: setup demo test test-slow test-upstream test-isa generate vectors check clean
 
 setup: .venv/.llama ## install the package and llama.cpp into .venv
 
@@ -22,6 +22,10 @@ test-slow: .venv/.test ## statistics on 10^6 weights, long fuzzing
 
 test-upstream: .venv/.test ## against llama.cpp's own sources and converter (fetches the source archive)
 	$(BIN)/pytest -m upstream
+
+test-isa: .venv/.python ## every kernel set, emulated where this CPU lacks it: AVX-512 in Bochs, aarch64 in QEMU
+	$(INSTALL) 'click>=8.1'
+	$(BIN)/python tests/isa/run.py
 
 generate: .venv/.llama ## rewrite what is derived from ccq_format/layouts.py
 	$(BIN)/python backend/gen.py

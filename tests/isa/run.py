@@ -63,8 +63,7 @@ TOOLS: dict[str, dict[str | Path, str]] = {
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 
 # Bochs 2.7 reports the wrong size for the compacted XSAVE area, on which Linux gives up all of AVX: hide XSAVEC and
-# XSAVES.  quiet: messages of the kernel would fall into the program's lines.
-# What follows the dashes are the arguments of /init.
+# XSAVES.  quiet: messages of the kernel would fall into the program's lines.  What follows the dashes goes to /init.
 EMULATED = ("avx512", "avx2")
 CMDLINE = "console=ttyS0 quiet mitigations=off clearcpuid=xsavec,xsaves -- " + " ".join(EMULATED)
 BOCHSRC = """\
