@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ccq_format import errors
@@ -154,6 +154,15 @@ def mutate(data: bytes, changes: list[tuple[str, int, int]], header: int) -> byt
 @example(changes=[("u64", 8, 2**63)])
 @example(changes=[("u64", 16, 2**64 - 1)])
 def test_mutated_files(valid: tuple[Path, bytes], changes: list[tuple[str, int, int]]) -> None:
+    path, data = valid
+    path.write_bytes(mutate(data, changes, header_bytes(data)))
+    read_all(path)
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(changes=mutations)
+def test_mutated_files_at_length(valid: tuple[Path, bytes], changes: list[tuple[str, int, int]]) -> None:
     path, data = valid
     path.write_bytes(mutate(data, changes, header_bytes(data)))
     read_all(path)
