@@ -59,6 +59,17 @@ void ccq_trellis_init(ccq_trellis * trellis, int32_t index) {
     }
 }
 
+void ccq_coupled_init(ccq_coupled * coupled, const ccq_trellis * trellis) {
+    for (int parity = 0; parity < 2; parity++) {
+        const int after = trellis->stride[parity], n_after = CCQ_TRELLIS_LEVELS >> after;
+        for (int p = 0; p < 1 << after; p++) {
+            for (int state = 0; state < n_after; state++) {
+                coupled->level[parity][p * n_after + state] = (float)trellis->level[state << after | p];
+            }
+        }
+    }
+}
+
 int32_t ccq_trellis_scale_byte(float scale) {
     if (scale == 0.0f) { return 0; }
     for (int byte = 1; byte < SCALE_BYTES; byte++) {
@@ -73,6 +84,8 @@ int32_t ccq_trellis_scale_byte(float scale) {
 typedef struct {
     const ccq_kernels * kernels;
     ccq_trellis * trellis;
+    ccq_coupled * coupled;
+    const float * coupling; /* NULL: errors are independent */
     const float * x;
     const float * w;                 /* NULL: all ones */
     float cost[SCALE_BYTES];         /* of the open pass, by scale byte; < 0: not run, INFINITY: closed since */
@@ -189,7 +202,7 @@ static int32_t nearest_byte(double scale) {
  * to scale, so the best FINALS of them are closed: 2 instead of 1 takes 1.5 % off the error of T2, 3 another 0.3 %.
  * Going on from the best cycle with the seam on the other side takes off 0.5 % (and cannot make it worse, since that
  * cycle stays possible). */
-enum { NEAR = 1, OUTLIER_STEP = 3, FINALS = 2 };
+enum { NEAR = 1, OUTLIER_STEP = 3, FINALS = 2, COUPLED_REACH = 1 };
 
 static void search_scale(search * s, double rms, double top) {
     double power = 0;
@@ -230,6 +243,44 @@ static void search_given(search * s, int32_t byte) {
     }
 }
 
+/* --- coupled errors --------------------------------------------------------------------------------------------- */
+
+/* sum(w * (e + e U)^2) of the errors e of `window` at `scale`; NULL: all weights zero. */
+static double coupled_error(const search * s, const uint16_t * window, float scale) {
+    double error[CCQ_GROUP], owed[CCQ_GROUP] = {0}, sum = 0;
+    for (int t = 0; t < CCQ_GROUP; t++) {
+        error[t] = (double)s->x[t] - (window ? (double)(scale * (float)s->trellis->level[window[t]]) : 0.0);
+        const double remaining = error[t] + owed[t];
+        sum += (s->w ? (double)s->w[t] : 1.0) * remaining * remaining;
+        const float * row = s->coupling + t * CCQ_GROUP;
+        for (int j = t + 1; j < CCQ_GROUP; j++) { owed[j] += error[t] * (double)row[j]; }
+    }
+    return sum;
+}
+
+/* From the best cycle without coupling to a better one with it: same seam, scales next to it while that helps.  Keeps
+ * the cycle it starts from if none is better. */
+static void search_coupled(search * s, int fixed) {
+    static const float ones[CCQ_GROUP] = {
+        1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+        1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    const int32_t seam = s->best_window[0] & (states_before(s, 0) - 1), start = s->best_byte;
+    s->best_error = coupled_error(s, s->best_window, ccq_t_scale((uint8_t)start));
+    const int reach = fixed ? 0 : COUPLED_REACH;
+    for (int32_t byte = start - reach; byte <= start + reach; byte++) {
+        if (byte < 1 || byte >= SCALE_BYTES) { continue; }
+        const float scale = ccq_t_scale((uint8_t)byte);
+        for (int t = 0; t < CCQ_GROUP; t++) { s->units[t] = s->x[t] / scale; }
+        s->kernels->coupled(s->trellis, s->coupled, s->units, s->w ? s->w : ones, s->coupling, seam, s->window);
+        const double error = coupled_error(s, s->window, scale);
+        if (error < s->best_error) {
+            s->best_error = error;
+            s->best_byte = byte;
+            memcpy(s->best_window, s->window, sizeof s->window);
+        }
+    }
+}
+
 /* --- the block's bytes ------------------------------------------------------------------------------------------ */
 
 /* The first `stride` bits of each window in turn: the others belong to the windows after it. */
@@ -243,7 +294,7 @@ static void write_codes(const search * s, uint8_t * codes) {
 }
 
 void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis, const float * x, const float * w,
-                              int32_t scale_byte, uint8_t * block) {
+                              int32_t scale_byte, ccq_coupled * coupled, const float * coupling, uint8_t * block) {
     float values[CCQ_GROUP], factors[CCQ_GROUP];
     double power = 0, mass = 0, top = 0;
     float w_top = 0;
@@ -266,6 +317,8 @@ void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis
     }
     search s = {.kernels = kernels,
                 .trellis = trellis,
+                .coupled = coupled,
+                .coupling = coupling,
                 .x = values,
                 .w = weighted ? factors : NULL,
                 .best_error = INFINITY,
@@ -273,8 +326,13 @@ void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis
     for (int byte = 0; byte < SCALE_BYTES; byte++) { s.cost[byte] = -1; }
     if (scale_byte > 0) {
         search_given(&s, scale_byte);
+        if (coupling != NULL) { search_coupled(&s, 1); }
     } else {
         search_scale(&s, sqrt(power / mass), top);
+        if (coupling != NULL) {
+            power = coupled_error(&s, NULL, 0.0f);
+            search_coupled(&s, 0);
+        }
         if (!(s.best_error < power)) { return; } /* weights far below the smallest scale: zeros are nearer */
     }
     block[0] = (uint8_t)s.best_byte;

@@ -41,6 +41,17 @@ typedef struct ccq_trellis {
     float metric[CCQ_GROUP + 1][CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
 } ccq_trellis;
 
+/* Working memory of a search with coupled errors (coupled.inl), and its tables. */
+typedef struct ccq_coupled {
+    float owed[2][CCQ_TRELLIS_STATES][CCQ_GROUP]; /* before even and odd steps: added to the targets, by state */
+    float level[2][CCQ_TRELLIS_LEVELS];           /* of even and odd steps: by lowest bits, then state after */
+    float metric[CCQ_TRELLIS_STATES];
+    float split_metric[CCQ_TRELLIS_STATES];
+    float split_target[CCQ_TRELLIS_STATES];
+    int32_t chosen[CCQ_TRELLIS_STATES];
+    uint8_t way[CCQ_GROUP][CCQ_TRELLIS_STATES];
+} ccq_coupled;
+
 /* The kernels of one instruction set.  Pointers are valid and counts whole blocks: the entry points check. */
 typedef struct ccq_kernels {
     /* n_blocks blocks to floats. */
@@ -56,6 +67,9 @@ typedef struct ccq_kernels {
     /* One pass of the Viterbi algorithm over the 64 steps that start at step `first` of the block and wrap around.
      * metric[0] is given; fills metric[1..64].  x is in units of the levels; w is NULL for all ones. */
     void (*viterbi)(ccq_trellis * trellis, const float * x, const float * w, int32_t first);
+    /* The best cycle through `state` where errors are coupled; see coupled.inl. */
+    void (*coupled)(const ccq_trellis * trellis, ccq_coupled * coupled, const float * x, const float * w,
+                    const float * coupling, int32_t state, uint16_t * window);
 } ccq_kernels;
 
 extern const ccq_kernels ccq_kernels_scalar;
@@ -73,9 +87,13 @@ int32_t ccq_type_index(int32_t gguf_id);
 /* Fill the tables for the type at `index` (a T type). */
 void ccq_trellis_init(ccq_trellis * trellis, int32_t index);
 
-/* Encode 64 weights; w is NULL for all ones; scale_byte < 0: searched. */
+/* The tables of `coupled`, for the type of `trellis`. */
+void ccq_coupled_init(ccq_coupled * coupled, const ccq_trellis * trellis);
+
+/* Encode 64 weights; w is NULL for all ones; scale_byte < 0: searched; coupled and coupling (64 x 64, as in ccq.h) are
+ * NULL where errors are independent. */
 void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis, const float * x, const float * w,
-                              int32_t scale_byte, uint8_t * block);
+                              int32_t scale_byte, ccq_coupled * coupled, const float * coupling, uint8_t * block);
 
 /* The scale byte that means exactly `scale`, or -1. */
 int32_t ccq_trellis_scale_byte(float scale);

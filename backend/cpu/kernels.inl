@@ -225,6 +225,10 @@ static void viterbi(ccq_trellis * trellis, const float * x, const float * w, int
     }
 }
 
+/* --- encoding with coupled errors ----------------------------------------------------------------------------------- */
+
+#include "coupled.inl"
+
 /* --- the table -------------------------------------------------------------------------------------------------- */
 
 const ccq_kernels CCQ_SET = {
@@ -240,4 +244,5 @@ const ccq_kernels CCQ_SET = {
     .panel_dot = panel_dot,
     .quantize = quantize,
     .viterbi = viterbi,
+    .coupled = coupled_pass,
 };

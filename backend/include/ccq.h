@@ -60,9 +60,12 @@ typedef struct ccq_encode_params {
     const float * importance;   /* weights of the squared error, >= 0; NULL: all ones */
     int64_t importance_stride;  /* floats from one row's importance to the next; 0: all rows share n_cols values */
     const float * scales;       /* T types only: fixes each block's scale (n_rows * n_cols / 64); NULL: searched */
+    const float * coupling;     /* T types only: n_cols / 64 matrices of 64 x 64, see below; NULL: none */
 } ccq_encode_params;
 
-/* Encode an n_rows x n_cols row-major matrix so that sum(importance * (w - decoded)^2) is small.  The bytes do not
+/* Encode an n_rows x n_cols row-major matrix so that sum(importance * (w - decoded)^2) is small.  With a coupling U, the
+ * same for all rows, the errors e = w - decoded of each block of 64 count as sum(importance * (e + e U)^2); U is finite
+ * and zero on and below its diagonal.  The bytes do not
  * depend on n_threads nor on the kernel set.  blocks receives n_rows * n_cols / block_weights * block_bytes bytes.
  * params may be NULL. */
 ccq_status ccq_encode(int32_t type, const float * weights, int64_t n_rows, int64_t n_cols,

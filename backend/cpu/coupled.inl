@@ -1,0 +1,77 @@
+/* One pass of the trellis search in which the errors of a block's weights are coupled: what an error costs depends on
+ * the errors before it.  Each state keeps what the errors on its best way have added to the targets of the steps to
+ * come (per-survivor processing), so a choice is charged for the error that remains after compensation.
+ *
+ * Element-wise float32 in one order, unfused: all kernel sets give the same bits. */
+
+/* Choose the way into every state after the step: `ways` = 1 << after predecessors each.  metric and target are split
+ * by predecessor (p, then k); level lies by p, then state. */
+CCQ_INLINE void coupled_choose(const float * restrict metric, const float * restrict target,
+                               const float * restrict level, float weight, int ways, int runs, int n_k,
+                               float * restrict out, int32_t * restrict way) {
+    const int n_after = runs * n_k;
+    for (int run = 0; run < runs; run++) {
+        for (int k = 0; k < n_k; k++) {
+            const int state = run * n_k + k;
+            float best = 0;
+            int32_t best_way = 0;
+            for (int p = 0; p < ways; p++) {
+                const float error = target[p * n_k + k] - level[p * n_after + state];
+                const float cost = metric[p * n_k + k] + weight * (error * error);
+                const int better = p == 0 || cost < best;
+                best = better ? cost : best;
+                best_way = better ? p : best_way;
+            }
+            out[state] = best;
+            way[state] = best_way;
+        }
+    }
+}
+
+/* The best cycle through `state` before step 0; x is in units of the levels, w its 64 factors, coupling the 64 x 64
+ * matrix of ccq.h.  Its windows go to `window`. */
+static void coupled_pass(const ccq_trellis * trellis, ccq_coupled * c, const float * x, const float * w,
+                         const float * coupling, int32_t state, uint16_t * window) {
+    for (int i = 0; i < CCQ_TRELLIS_STATES; i++) { c->metric[i] = INFINITY; }
+    c->metric[state] = 0;
+    memset(c->owed[0][state], 0, sizeof c->owed[0][state]);
+    for (int t = 0; t < CCQ_GROUP; t++) {
+        const int before = trellis->stride[(t + 1) & 1], after = trellis->stride[t & 1];
+        const int n_before = CCQ_TRELLIS_LEVELS >> before, n_after = CCQ_TRELLIS_LEVELS >> after;
+        const int n_k = n_before >> after, runs = 1 << before, ways = 1 << after;
+        float (*owed)[CCQ_GROUP] = c->owed[t & 1], (*next)[CCQ_GROUP] = c->owed[(t + 1) & 1];
+        for (int p = 0; p < ways; p++) {
+            for (int k = 0; k < n_k; k++) {
+                const int from = k << after | p;
+                const int reached = c->metric[from] < INFINITY;
+                c->split_metric[p * n_k + k] = c->metric[from];
+                c->split_target[p * n_k + k] = reached ? x[t] + owed[from][t] : 0.0f;
+            }
+        }
+        int32_t * way = c->chosen;
+        const float * level = c->level[t & 1];
+        switch (after) {
+        case 1: coupled_choose(c->split_metric, c->split_target, level, w[t], 2, runs, n_k, c->metric, way); break;
+        case 2: coupled_choose(c->split_metric, c->split_target, level, w[t], 4, runs, n_k, c->metric, way); break;
+        default: coupled_choose(c->split_metric, c->split_target, level, w[t], 8, runs, n_k, c->metric, way); break;
+        }
+        /* Rows are updated in whole vectors: coupling is zero up to and including column t. */
+        const float * row = coupling + t * CCQ_GROUP;
+        const int first = (t + 1) & ~15;
+        for (int s = 0; s < n_after; s++) {
+            c->way[t][s] = (uint8_t)way[s];
+            if (!(c->metric[s] < INFINITY)) { continue; }
+            const int u = s << after | way[s];
+            const float error = x[t] - (float)trellis->level[u];
+            const float * restrict old = owed[u & (n_before - 1)];
+            float * restrict now = next[s];
+            for (int j = first; j < CCQ_GROUP; j++) { now[j] = old[j] + error * row[j]; }
+        }
+    }
+    for (int t = CCQ_GROUP - 1; t >= 0; t--) {
+        const int before = trellis->stride[(t + 1) & 1], after = trellis->stride[t & 1];
+        const int32_t u = state << after | c->way[t][state];
+        window[t] = (uint16_t)u;
+        state = u & ((CCQ_TRELLIS_LEVELS >> before) - 1);
+    }
+}
