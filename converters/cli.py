@@ -15,6 +15,7 @@ import click
 import ccq_format
 from ccq_format.errors import CcqError
 
+from . import imatrix as importance
 from .plan import Plan, QuantOptions
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -100,6 +101,12 @@ def _quant_options(command: _F) -> _F:
             multiple=True,
             help="Another type for the tensors whose GGUF name the pattern is found in; the first that matches wins.",
         ),
+        click.option(
+            "--imatrix",
+            type=click.Path(path_type=Path),
+            help="Importance file that weights the errors of the CCQ types: from 'ccq-convert calibrate' or llama.cpp's "
+            "llama-imatrix (GGUF or the older binary form).",
+        ),
         click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]"),
         click.option("--dry-run", is_flag=True, help="Only print the plan."),
         click.option("--no-fallback", is_flag=True, help="Fail where a row does not fit a type's block."),
@@ -111,12 +118,18 @@ def _quant_options(command: _F) -> _F:
 
 
 def _options(
-    output: Path | None, type_name: str, overrides: list[tuple[str, str]], threads: int, **flags: bool
+    output: Path | None,
+    type_name: str,
+    overrides: list[tuple[str, str]],
+    imatrix: Path | None,
+    threads: int,
+    **flags: bool,
 ) -> tuple[Path, QuantOptions]:
     if output is None and not flags["dry_run"]:
         raise click.UsageError("Missing option '-o' / '--output'.")
     options = QuantOptions(
         type_name,
+        imatrix=importance.load(imatrix) if imatrix is not None else None,
         overrides=overrides,
         threads=threads,
         fallback=not flags["no_fallback"],
@@ -159,6 +172,40 @@ def quantize(in_file: Path, **settings: Any) -> None:
 
     out, options = _options(**settings)
     _report(quantizer.quantize(in_file, out, options), out, options.dry_run)
+
+
+@main.command()
+@click.argument("model_dir", type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text to run the model on.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Importance file to write (GGUF).")
+@click.option("--ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window.")
+@click.option("--chunks", type=click.IntRange(min=1), help="Use only the first windows.  [all]")
+@click.option(
+    "--hessian",
+    type=click.Path(path_type=Path),
+    help="Also write the inputs' products X^T X for error feedback (safetensors): per matrix input, and per expert, "
+    "4 * row length^2 bytes.",
+)
+@click.option("--process-output", is_flag=True, help="Include the output matrix.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
+def calibrate(model_dir: Path, text: Path, output: Path, hessian: Path | None, **settings: Any) -> None:
+    """Measure how much each input channel of a model's matrices matters on a text (needs torch and transformers).
+
+    MODEL_DIR is a Hugging Face model folder.  The result is an importance file for --imatrix, which llama.cpp's
+    llama-quantize reads as well.  One layer's weights are in memory at a time.
+    """
+    from . import calibrate as calibrator
+
+    result = calibrator.calibrate(
+        model_dir, text, output, calibrator.CalibrationOptions(**settings), hessian=hessian
+    )
+    report = result.expert_report({name: entry.counts.size for name, entry in result.entries.items()})
+    if report:
+        click.echo(f"Warning: {report}", err=True)
+    click.echo(
+        f"{output}: {len(result.entries)} matrices, {result.chunk_count} windows of {result.chunk_size} tokens"
+    )
 
 
 @main.command()

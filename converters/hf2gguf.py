@@ -78,7 +78,7 @@ def load_sources(family: Family, checkpoint: Checkpoint) -> list[TensorSource]:
         stored -= used
     sources = []
     for name, wanted in resolve(family, stored):
-        sources.append(_source(name, wanted, checkpoint))
+        sources.append(make_source(name, wanted, checkpoint))
         used.update(part.name for part in wanted.parts)
     for tensor in checkpoint:
         if tensor.name not in used and not tensor.name.endswith(IGNORED_SUFFIXES):
@@ -116,7 +116,8 @@ def repeats_embedding(family: Family, checkpoint: Checkpoint) -> bool:
     return equal
 
 
-def _source(name: str, wanted: Wanted, checkpoint: Checkpoint) -> TensorSource:
+def make_source(name: str, wanted: Wanted, checkpoint: Checkpoint) -> TensorSource:
+    """``wanted`` as the tensor ``name``.  Raises ``ModelError`` if a part is missing or of a wrong shape or type."""
     segments: list[tuple[StoredTensor, int, int]] = []
     for part in wanted.parts:
         if part.name not in checkpoint:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from ccq_format import layouts
 from ccq_format.errors import PlanError
+
+from .imatrix import Importance
 
 PLAIN_TYPES: dict[str, tuple[int, int]] = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34)}
 """The stock types we write: weights per block, bytes per block."""
@@ -70,6 +72,11 @@ class TensorSource:
         return prod(self.shape[:-1])
 
     @property
+    def matrices(self) -> int:
+        """Matrices stacked in the tensor."""
+        return prod(self.shape[:-2])
+
+    @property
     def n_weights(self) -> int:
         """Number of weights."""
         return prod(self.shape)
@@ -79,9 +86,8 @@ class TensorSource:
 class QuantOptions:
     """What the user asked for.
 
-    ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` maps GGUF names
-    to importances, float32 ``[row_len]`` or ``[matrices, row_len]`` (one row per expert); ``threads`` <= 0 means one
-    per CPU.
+    ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
+    errors of the CCQ types; ``threads`` <= 0 means one per CPU.
     """
 
     type: str
@@ -90,7 +96,7 @@ class QuantOptions:
     fallback: bool = True
     overwrite: bool = False
     dry_run: bool = False
-    imatrix: Mapping[str, NDArray[np.float32]] | None = None
+    imatrix: Importance | None = None
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ccq_format.errors import CcqError
+from ccq_format.errors import CcqError, ImportanceError
 from ccq_format.gguf_io import Model, ModelWriter
 
 from .encode import check_weights, encode_rows, rows_of_importance
+from .imatrix import Importance, provenance
 from .plan import Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, is_ccq, make_plan
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ def write_model(
     warning = plan.warning()
     if warning:
         log.warning(warning)
+    if options.imatrix is not None:
+        check_importance(plan, options.imatrix)
     if options.dry_run:
         return plan
     write_planned(
@@ -61,6 +64,35 @@ def write_model(
         copy_from=copy_from,
     )
     return plan
+
+
+def check_importance(plan: Plan, importance: Importance) -> None:
+    """Match an importance file with the tensors that get a CCQ type: warn of those without an entry (one line) and of
+    experts that were hit rarely (one line).
+
+    Raises ``ImportanceError`` if no tensor has an entry, or if an entry has another shape than its tensor.
+    """
+    wanted = {t.source.name: t.source for t in plan.tensors if is_ccq(t.type)}
+    found = {name: source.matrices for name, source in wanted.items() if name in importance}
+    if not wanted:
+        log.warning("%s: not used, because no tensor gets a CCQ type", importance.file)
+        return
+    if not found:
+        raise ImportanceError(
+            f"none of its {len(importance.entries)} entries names one of the {len(wanted)} tensors to encode "
+            f"(such as '{next(iter(wanted))}'): it belongs to another model",
+            file=importance.file,
+        )
+    for name, matrices in found.items():
+        importance.check(name, matrices, wanted[name].row_len)
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        log.warning(
+            "%s: no importance for %d of %d tensors (such as %s)", importance.file, len(missing), len(wanted), missing[0]
+        )
+    report = importance.expert_report(found)
+    if report:
+        log.warning(report)
 
 
 def write_planned(
@@ -79,10 +111,12 @@ def write_planned(
             writer.copy_metadata(copy_from)
         if set_metadata is not None:
             set_metadata(writer.gguf)
+        if options.imatrix is not None and any(is_ccq(t.type) for t in plan.tensors):
+            _note_importance(writer.gguf, options.imatrix)
         for tensor in plan.tensors:
             writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
         writer.begin()
-        with _progress(progress) as bar:
+        with progress_bar(progress) as bar:
             task = bar.add_task("", total=plan.n_weights)
             for tensor in plan.tensors:
                 bar.update(task, description=tensor.source.name)
@@ -91,7 +125,17 @@ def write_planned(
                     bar.advance(task, weights)
 
 
-def _progress(wanted: bool) -> Progress:
+def _note_importance(writer: gguf.GGUFWriter, importance: Importance) -> None:
+    for key in [key for key in writer.kv_data[0] if key.startswith("quantize.imatrix.")]:
+        del writer.kv_data[0][key]  # of the file copied from
+    for key, value in provenance(importance).items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_uint32(key, value)
+
+
+def progress_bar(wanted: bool) -> Progress:
     """A progress bar on stderr that goes away when it is done, or nothing at all where stderr is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     console = Console(stderr=True)
@@ -110,7 +154,9 @@ def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple
     Raises ``WeightsError`` and ``ImportanceError``.
     """
     source = tensor.source
-    importance = options.imatrix.get(source.name) if options.imatrix is not None else None
+    importance = None
+    if options.imatrix is not None and is_ccq(tensor.type):
+        importance = options.imatrix.for_tensor(source.name, source.matrices, source.row_len)
     threads = options.threads if options.threads > 0 else cpu_count()
     step = max(1, (_CHUNK_CCQ * threads if is_ccq(tensor.type) else _CHUNK_PLAIN) // source.row_len)
     copied = source.raw_rows if tensor.type == source.source_type else None
@@ -125,7 +171,7 @@ def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple
         x = source.load_rows(start, stop)
         check_weights(x, tensor.type, source.name)
         part = None
-        if importance is not None and is_ccq(tensor.type):
+        if importance is not None:
             part = rows_of_importance(importance, source.name, source.rows, source.row_len, start, stop)
         try:
             yield encode_rows(tensor.type, x, part, threads), weights

@@ -1,0 +1,184 @@
+"""Hessian files: for every matrix the products ``X^T X`` of its inputs, which error feedback needs.
+
+A safetensors file.  Tensor ``NAME`` (a GGUF name): float32 ``[row_len, row_len]``, summed over all inputs, for a stack
+of experts ``[experts, row_len, row_len]``; ``NAME.counts``: float32 ``[1]`` or ``[experts]``, the number of inputs.
+Matrices with the same inputs (query, key and value; gate and up) share one tensor: the metadata entry ``ccq.shared``
+is a JSON object from each name to the name that is stored.  ``ccq.hessian`` is the version of this layout, ``1``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from ccq_format.errors import ImportanceError, OutputError
+
+VERSION = "1"
+_COUNTS = ".counts"
+
+
+class HessianWriter:
+    """Writes matrices in any order, straight to their places in a temporary file that :meth:`close` renames.
+
+    ``shapes`` are those of the products, ``shared`` maps names to the one stored.  Nothing is created before
+    :meth:`begin`; leaving the ``with`` block by an exception removes the temporary file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        shared: Mapping[str, str],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Raises ``OutputError`` if the target exists and ``overwrite`` is false, or its folder is missing."""
+        self.path = Path(path)
+        self.overwrite = overwrite
+        self._check_target()
+        self._shared = dict(shared)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            self._shapes[name] = tuple(shape)
+            self._shapes[name + _COUNTS] = (prod(shape[:-2]),)
+        self._offsets: dict[str, int] = {}
+        self._missing = set(self._shapes)
+        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
+        self._file: BinaryIO | None = None
+
+    def begin(self) -> None:
+        """Write the header.  Raises ``OutputError``."""
+        header: dict[str, object] = {
+            "__metadata__": {"ccq.hessian": VERSION, "ccq.shared": json.dumps(self._shared, sort_keys=True)}
+        }
+        at = 0
+        for name, shape in self._shapes.items():
+            end = at + 4 * prod(shape)
+            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
+            self._offsets[name] = at
+            at = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        self._offsets = {name: start + offset for name, offset in self._offsets.items()}
+        try:
+            self._file = open(self._temporary, "xb")
+            self._file.write(len(text).to_bytes(8, "little") + text)
+            self._file.truncate(start + at)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def write(self, name: str, product: NDArray[np.float32], count: float, matrix: int = 0) -> None:
+        """Store the product float32 ``[row_len, row_len]`` of one matrix of a stack.  Raises ``OutputError``."""
+        shape = self._shapes[name]
+        if self._file is None or product.shape != shape[-2:] or product.dtype != np.float32:
+            raise ValueError(f"begin() first, then float32 {shape[-2:]} for {name}, not {product.shape}")
+        try:
+            self._file.seek(self._offsets[name] + matrix * product.nbytes)
+            self._file.write(np.ascontiguousarray(product).data)
+            self._file.seek(self._offsets[name + _COUNTS] + 4 * matrix)
+            self._file.write(np.float32(count).tobytes())
+        except OSError as error:
+            raise self._error(error) from error
+        if matrix == prod(shape[:-2]) - 1:
+            self._missing -= {name, name + _COUNTS}
+
+    def close(self) -> None:
+        """Complete the file.  Raises ``OutputError``, and ``ValueError`` if a product is missing."""
+        try:
+            if self._file is None or self._missing:
+                raise ValueError(f"products are missing: {sorted(self._missing)[:3]}")
+            self._check_target()
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._temporary, self.path)
+            except OSError as error:
+                raise self._error(error) from error
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Remove the temporary file.  Does nothing after :meth:`close`."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._temporary)
+
+    def __enter__(self) -> HessianWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _check_target(self) -> None:
+        if self.path.is_dir():
+            raise OutputError("is a folder", file=self.path)
+        if not self.path.parent.is_dir():
+            raise OutputError("its folder does not exist", file=self.path)
+        if self.path.exists() and not self.overwrite:
+            raise OutputError("exists already", file=self.path)
+
+    def _error(self, error: OSError) -> OutputError:
+        return OutputError(error.strerror or str(error), file=self.path)
+
+
+class Hessians:
+    """A Hessian file, read one matrix at a time."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises ``ImportanceError`` if the file cannot be read or is no Hessian file."""
+        self.file = os.fspath(path)
+        try:
+            self._file = safe_open(self.file, framework="numpy")
+            metadata = self._file.metadata() or {}
+            shared = json.loads(metadata.get("ccq.shared", "{}"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ImportanceError(f"is no intact safetensors file: {error}", file=self.file) from None
+        if metadata.get("ccq.hessian") != VERSION or not isinstance(shared, dict):
+            raise ImportanceError(
+                f"is no Hessian file of version {VERSION}: ccq.hessian is {metadata.get('ccq.hessian')!r}",
+                file=self.file,
+            )
+        self._stored = frozenset(self._file.keys())
+        self._shared = shared
+
+    def __contains__(self, name: str) -> bool:
+        return self._shared.get(name, name) in self._stored
+
+    def product(self, name: str, n_matrices: int, row_len: int, matrix: int = 0) -> tuple[NDArray[np.float32], float]:
+        """``X^T X`` float32 ``[row_len, row_len]`` of one matrix of the tensor ``name``, and the number of inputs.
+
+        Raises ``ImportanceError`` if the file has none, or one of another shape or with values that are not finite.
+        """
+        stored = self._shared.get(name, name)
+        if stored not in self._stored or stored + _COUNTS not in self._stored:
+            raise ImportanceError("has no Hessian", file=self.file, tensor=name)
+        part, counts = self._file.get_slice(stored), self._file.get_tensor(stored + _COUNTS)
+        expected = [row_len, row_len] if n_matrices == 1 else [n_matrices, row_len, row_len]
+        if list(part.get_shape()) != expected or counts.shape != (n_matrices,) or part.get_dtype() != "F32":
+            raise ImportanceError(
+                f"its Hessian has the shape {list(part.get_shape())}, not {expected}", file=self.file, tensor=name
+            )
+        product: NDArray[np.float32] = part[:] if n_matrices == 1 else part[matrix : matrix + 1][0]
+        if not np.isfinite(product).all():
+            raise ImportanceError("its Hessian holds NaN or infinity", file=self.file, tensor=name)
+        return product, float(counts[matrix])

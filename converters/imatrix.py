@@ -1,0 +1,288 @@
+"""Importance files: llama.cpp's imatrix, the GGUF form and the older binary one, read; the GGUF form written.
+
+An entry belongs to a matrix of the model and says how large its inputs were on a calibration text: per input channel
+the sum of squares, and the number of inputs (tokens) summed over.  Stacks of experts have one row of sums and one
+count per expert.
+
+The GGUF form (``tools/imatrix/imatrix.cpp`` and ``common/imatrix-loader.cpp`` of the pinned llama.cpp) has two f32
+tensors per matrix, ``NAME.in_sum2`` and ``NAME.counts``, and the keys ``general.type`` = ``imatrix``,
+``imatrix.datasets``, ``imatrix.chunk_count`` and ``imatrix.chunk_size``.  The binary form, all little-endian: int32
+number of entries; per entry int32 length and bytes of the name, int32 n, int32 number of values, as many f32 (mean
+square times n); then, optionally, int32 number of chunks, int32 length and bytes of the dataset's name.  It has no
+counts per expert: an expert that was never hit has the mean square 1 in every channel.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from ccq_format.errors import ImportanceError
+from ccq_format.gguf_io import ModelWriter, open_model
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+
+RARE = 32
+"""An expert hit by fewer tokens than this counts as rarely hit; also the weight, in tokens, of the mean over all
+experts that is blended into each expert's own mean."""
+
+_FLOOR = 1e-6
+"""Smallest importance, as a fraction of the tensor's mean: a channel that was silent in the calibration text is not
+silent in every text."""
+
+_TINY = 1e-37
+"""Keeps every importance a normal float32."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Sums of squares of a matrix's inputs: float32 ``[matrices * row_len]``, and float64 ``[1]`` or ``[matrices]``
+    numbers of inputs."""
+
+    sums: NDArray[np.float32]
+    counts: NDArray[np.float64]
+
+    def hits(self, n_matrices: int) -> NDArray[np.float64]:
+        """Inputs of each matrix, float64 ``[n_matrices]``.  One common count is all that there is for some entries;
+        there a mean square of exactly 1 in every channel is llama.cpp's mark of an expert without inputs."""
+        hits = np.array(np.broadcast_to(self.counts, n_matrices))
+        if self.counts.size == 1 and n_matrices > 1 and self.sums.size % n_matrices == 0:
+            hits[(self.sums.reshape(n_matrices, -1) == self.counts[0]).all(axis=1)] = 0
+        return hits
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The contents of an importance file.  ``file`` is its path as given, ``datasets`` the texts it was made of."""
+
+    file: str
+    entries: Mapping[str, Entry]
+    datasets: list[str] = field(default_factory=list)
+    chunk_count: int = 0
+    chunk_size: int = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def check(self, name: str, n_matrices: int, row_len: int) -> None:
+        """Raise ``ImportanceError`` if the entry of ``name`` does not fit ``n_matrices`` matrices of ``row_len``
+        columns."""
+        entry = self.entries[name]
+        n = entry.sums.size
+        if n not in (row_len, n_matrices * row_len) or entry.counts.size not in (1, n // row_len):
+            raise ImportanceError(
+                f"has {n} importances and {entry.counts.size} counts, the model's tensor has {n_matrices} x {row_len} "
+                "input channels: the file was made for another model",
+                file=self.file,
+                tensor=name,
+            )
+
+    def for_tensor(self, name: str, n_matrices: int, row_len: int) -> NDArray[np.float32] | None:
+        """Mean squares of the inputs of the tensor ``name``, a stack of ``n_matrices`` matrices (1: a plain matrix).
+
+        Returns float32 ``[row_len]`` (one set for all matrices) or ``[n_matrices, row_len]``, all positive; ``None``
+        if there is no entry.  An expert's mean leans on that of all experts of the layer, brought to its own size, by
+        ``RARE`` tokens; one that was never hit has just that mean.
+
+        Raises ``ImportanceError`` if the entry has another shape.
+        """
+        if name not in self.entries:
+            return None
+        self.check(name, n_matrices, row_len)
+        entry = self.entries[name]
+        sums = entry.sums.reshape(-1, row_len).astype(np.float64)
+        counts = entry.hits(len(sums))[:, None]
+        sums[counts[:, 0] == 0] = 0
+        mean = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+        if len(sums) > 1:
+            overall = sums.sum(axis=0) / max(1.0, float(counts.sum()))
+            own = mean.mean(axis=1, keepdims=True)
+            size = np.where(own > 0, own / max(float(overall.mean()), 1e-300), 1.0)
+            mean = (sums + RARE * size * overall) / (counts + RARE)
+        average = mean.mean(axis=1, keepdims=True)
+        # Where nothing at all came in, every channel is as good as any other.
+        mean = np.where(average > 0, np.maximum(mean, _FLOOR * average), 1.0)
+        out = np.clip(mean, _TINY, None).astype(np.float32)
+        return out[0] if len(out) == 1 else out
+
+    def expert_report(self, tensors: Mapping[str, int]) -> str | None:
+        """One line about experts that the calibration text hit rarely or never, ``None`` if there is none.
+
+        ``tensors`` maps names to their number of matrices; those without an entry are passed over.
+        """
+        never = rarely = total = 0
+        for name, n_matrices in tensors.items():
+            if n_matrices > 1 and name in self.entries:
+                hits = self.entries[name].hits(n_matrices)
+                total += n_matrices
+                never += int((hits == 0).sum())
+                rarely += int(((hits > 0) & (hits < RARE)).sum())
+        if not never + rarely:
+            return None
+        return (
+            f"{self.file}: of {total} expert matrices the calibration text never hit {never} and hit {rarely} with "
+            f"fewer than {RARE} tokens; their importance leans on the mean over the layer's experts"
+        )
+
+
+def load(path: str | os.PathLike[str]) -> Importance:
+    """Read an importance file in either form.
+
+    Raises ``InputError`` if it cannot be read, ``FormatError`` (its subclasses) for a damaged GGUF file and
+    ``ImportanceError`` for everything else that is no importance, naming the file and the tensor.
+    """
+    file = os.fspath(path)
+    try:
+        with open(path, "rb") as stream:
+            magic = stream.read(4)
+    except OSError:
+        magic = b"GGUF"  # open_model words the system's reason
+    importance = _load_gguf(file) if magic == b"GGUF" else _load_binary(file)
+    for name, entry in importance.entries.items():
+        _check_values(file, name, entry)
+    return importance
+
+
+def _check_values(file: str, name: str, entry: Entry) -> None:
+    def bad(reason: str) -> ImportanceError:
+        return ImportanceError(reason, file=file, tensor=name)
+
+    if entry.sums.size == 0 or entry.counts.size == 0 or entry.sums.size % entry.counts.size:
+        raise bad(f"{entry.sums.size} sums do not fit {entry.counts.size} counts")
+    # min and max propagate NaN and need no temporary array.
+    if not (np.isfinite(entry.sums.max()) and entry.sums.min() >= 0):
+        raise bad("a sum of squares is negative, NaN or infinite")
+    if not (np.isfinite(entry.counts.max()) and entry.counts.min() >= 0):
+        raise bad("a count is negative, NaN or infinite")
+    silent = entry.counts == 0
+    if silent.any() and entry.sums.reshape(entry.counts.size, -1)[silent].any():
+        raise bad("has sums of squares but a count of 0")
+
+
+def _load_gguf(file: str) -> Importance:
+    model = open_model(file)
+    pairs: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for tensor in model.tensors:
+        for suffix in (_SUMS, _COUNTS):
+            if tensor.name.endswith(suffix) and tensor.name != suffix:
+                if tensor.type_name != "f32":
+                    raise ImportanceError(f"is {tensor.type_name}, not f32", file=file, tensor=tensor.name)
+                pairs.setdefault(tensor.name.removesuffix(suffix), {})[suffix] = tensor.data().reshape(-1)
+    if not pairs:
+        kind = model.metadata.get("general.type") or model.arch or "GGUF file of an unknown kind"
+        raise ImportanceError(f"holds no importance (no tensor NAME{_SUMS}): it is a {kind}", file=file)
+    entries = {}
+    for name, found in pairs.items():
+        for suffix in (_SUMS, _COUNTS):
+            if suffix not in found:
+                raise ImportanceError(f"has no tensor '{name}{suffix}'", file=file, tensor=name)
+        entries[name] = Entry(found[_SUMS], found[_COUNTS].astype(np.float64))
+    datasets = model.metadata.get("imatrix.datasets", [])
+    if not isinstance(datasets, list) or not all(isinstance(text, str) for text in datasets):
+        raise ImportanceError("imatrix.datasets is no list of texts", file=file)
+    numbers = []
+    for key in ("imatrix.chunk_count", "imatrix.chunk_size"):
+        value = model.metadata.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
+            raise ImportanceError(f"{key} is {value!r}", file=file)
+        numbers.append(value)
+    return Importance(file, entries, datasets, *numbers)
+
+
+class _Bytes:
+    """Bounds-checked reading of the binary form."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        try:
+            self.data = Path(file).read_bytes()
+        except OSError as error:
+            raise ImportanceError(error.strerror or str(error), file=file) from None
+        self.at = 0
+
+    def take(self, count: int, what: str, tensor: str | None = None) -> bytes:
+        left = len(self.data) - self.at
+        if not 0 <= count <= left:
+            raise ImportanceError(
+                f"is no importance file, or damaged: {what} would take {count} bytes, {left} are left",
+                file=self.file,
+                tensor=tensor,
+            )
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def integer(self, what: str, tensor: str | None = None) -> int:
+        return int(struct.unpack("<i", self.take(4, what, tensor))[0])
+
+    def text(self, what: str) -> str:
+        raw = self.take(self.integer(f"the length of {what}"), what)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise ImportanceError(f"is no importance file, or damaged: {what} is no text", file=self.file) from None
+
+
+def _load_binary(file: str) -> Importance:
+    data = _Bytes(file)
+    n_entries = data.integer("the number of entries")
+    if n_entries < 1:
+        raise ImportanceError(f"is no importance file: {n_entries} entries", file=file)
+    entries: dict[str, Entry] = {}
+    for index in range(n_entries):
+        name = data.text(f"the name of entry {index + 1}")
+        if not name or name in entries:
+            raise ImportanceError("an entry is there twice or has no name", file=file, tensor=name)
+        calls = data.integer("its number of chunks", name)
+        count = data.integer("its number of values", name)
+        values = np.frombuffer(data.take(4 * count, f"{count} values", name), "<f4")
+        if calls < 0 or count < 1:
+            raise ImportanceError(f"{count} values of {calls} chunks", file=file, tensor=name)
+        # llama.cpp takes the values of an entry without chunks as they are.
+        entries[name] = Entry(values.astype(np.float32), np.array([max(1, calls)], np.float64))
+    chunks, datasets = 0, []
+    if data.at < len(data.data):
+        chunks = data.integer("the number of chunks")
+        if data.at < len(data.data):
+            dataset = data.text("the name of the dataset")
+            datasets = [dataset] if dataset else []
+    if data.at < len(data.data) or chunks < 0:
+        raise ImportanceError(f"{len(data.data) - data.at} bytes follow the last entry, {chunks} chunks", file=file)
+    return Importance(file, entries, datasets, chunks)
+
+
+def fill(writer: ModelWriter, importance: Importance) -> None:
+    """Write the entries of ``importance`` as llama.cpp's GGUF form to a writer (made with an empty architecture) that
+    has not begun."""
+    kv = writer.gguf
+    kv.add_string("general.type", "imatrix")
+    kv.add_key_value("imatrix.datasets", importance.datasets, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING)
+    kv.add_uint32("imatrix.chunk_count", importance.chunk_count)
+    kv.add_uint32("imatrix.chunk_size", importance.chunk_size)
+    arrays = []
+    for name, entry in sorted(importance.entries.items()):
+        sums = entry.sums.reshape(entry.counts.size, -1)
+        counts = entry.counts.astype(np.float32)[:, None]
+        for suffix, array in ((_SUMS, sums), (_COUNTS, counts)):
+            writer.add_tensor(name + suffix, "f32", array.shape)
+            arrays.append((name + suffix, array))
+    writer.begin()
+    for name, array in arrays:
+        writer.write(name, array)
+
+
+def provenance(importance: Importance) -> dict[str, str | int]:
+    """The keys by which llama-quantize notes the importance it used (``tools/quantize/quantize.cpp``)."""
+    keys: dict[str, str | int] = {"quantize.imatrix.file": importance.file}
+    if importance.datasets:
+        keys["quantize.imatrix.dataset"] = importance.datasets[0]
+    keys["quantize.imatrix.entries_count"] = len(importance.entries)
+    if importance.chunk_count > 0:
+        keys["quantize.imatrix.chunks_count"] = importance.chunk_count
+    return keys
