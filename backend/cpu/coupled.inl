@@ -28,6 +28,35 @@ CCQ_INLINE void coupled_choose(const float * restrict metric, const float * rest
     }
 }
 
+/* The `keep`-th smallest of n > keep values, by quickselect on a copy. */
+static float coupled_cutoff(const float * metric, int n, int keep, float * restrict copy) {
+    int n_copy = 0;
+    for (int i = 0; i < n; i++) {
+        copy[n_copy] = metric[i];
+        n_copy += metric[i] < INFINITY;
+    }
+    if (n_copy <= keep) { return INFINITY; }
+    int low = 0, high = n_copy - 1;
+    while (low < high) {
+        const float pivot = copy[(low + high) / 2];
+        int i = low - 1, j = high + 1;
+        for (;;) {
+            do { i++; } while (copy[i] < pivot);
+            do { j--; } while (copy[j] > pivot);
+            if (i >= j) { break; }
+            const float swap = copy[i];
+            copy[i] = copy[j];
+            copy[j] = swap;
+        }
+        if (keep - 1 <= j) {
+            high = j;
+        } else {
+            low = j + 1;
+        }
+    }
+    return copy[keep - 1];
+}
+
 /* The best cycle through `state` before step 0; x is in units of the levels, w its 64 factors, coupling the 64 x 64
  * matrix of ccq.h.  Its windows go to `window`. */
 static void coupled_pass(const ccq_trellis * trellis, ccq_coupled * c, const float * x, const float * w,
@@ -35,6 +64,7 @@ static void coupled_pass(const ccq_trellis * trellis, ccq_coupled * c, const flo
     for (int i = 0; i < CCQ_TRELLIS_STATES; i++) { c->metric[i] = INFINITY; }
     c->metric[state] = 0;
     memset(c->owed[0][state], 0, sizeof c->owed[0][state]);
+    float margin = INFINITY; /* between the best way and the last that is kept: counted only every fourth step */
     for (int t = 0; t < CCQ_GROUP; t++) {
         const int before = trellis->stride[(t + 1) & 1], after = trellis->stride[t & 1];
         const int n_before = CCQ_TRELLIS_LEVELS >> before, n_after = CCQ_TRELLIS_LEVELS >> after;
@@ -56,11 +86,25 @@ static void coupled_pass(const ccq_trellis * trellis, ccq_coupled * c, const flo
         default: coupled_choose(c->split_metric, c->split_target, level, w[t], 8, runs, n_k, c->metric, way); break;
         }
         /* Rows are updated in whole vectors: coupling is zero up to and including column t. */
+        float cutoff = INFINITY;
+        if (t < CCQ_COUPLED_OPEN) {
+            float least = c->metric[0];
+            for (int s = 1; s < n_after; s++) { least = c->metric[s] < least ? c->metric[s] : least; }
+            if (t % 4 == 0) {
+                cutoff = coupled_cutoff(c->metric, n_after, CCQ_COUPLED_KEPT, c->split_metric);
+                margin = cutoff - least;
+            } else {
+                cutoff = least + margin;
+            }
+        }
         const float * row = coupling + t * CCQ_GROUP;
         const int first = (t + 1) & ~15;
         for (int s = 0; s < n_after; s++) {
             c->way[t][s] = (uint8_t)way[s];
-            if (!(c->metric[s] < INFINITY)) { continue; }
+            if (!(c->metric[s] <= cutoff && c->metric[s] < INFINITY)) {
+                c->metric[s] = INFINITY;
+                continue;
+            }
             const int u = s << after | way[s];
             const float error = x[t] - (float)trellis->level[u];
             const float * restrict old = owed[u & (n_before - 1)];

@@ -41,6 +41,13 @@ typedef struct ccq_trellis {
     float metric[CCQ_GROUP + 1][CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
 } ccq_trellis;
 
+/* After each of the first CCQ_COUPLED_OPEN steps only about so many of the best ways are kept; later ones must be able to reach any
+ * state, since a cycle has to end where it began. */
+#ifndef CCQ_COUPLED_KEPT
+enum { CCQ_COUPLED_KEPT = 256 };
+#endif
+enum { CCQ_COUPLED_OPEN = CCQ_GROUP - 10 };
+
 /* Working memory of a search with coupled errors (coupled.inl), and its tables. */
 typedef struct ccq_coupled {
     float owed[2][CCQ_TRELLIS_STATES][CCQ_GROUP]; /* before even and odd steps: added to the targets, by state */
