@@ -55,8 +55,9 @@ def magnitude_weights(
     ====================  ======  ======  ======
     """
     square = np.square(x, dtype=np.float32)
-    weights = np.sqrt(square + power.astype(np.float32))
-    return np.sqrt(weights) if isinstance(layout.code, layouts.TrellisCode) else weights
+    weights: NDArray[np.float32] = np.sqrt(square + power.astype(np.float32))
+    root: NDArray[np.float32] = np.sqrt(weights)
+    return root if isinstance(layout.code, layouts.TrellisCode) else weights
 
 
 def target_gain(layout: layouts.Layout, measured: bool) -> np.float32:

@@ -99,8 +99,8 @@ def encode(
 
     ``weights``: f32 [rows, cols]; ``importance``: f32 [cols] or [rows, cols], >= 0, or ``None`` for all ones;
     ``scales``: T types only, f32 [rows, cols / 64], fixes every block's scale instead of searching it;
-    ``coupling``: T types only, f32 [cols / 64, 64, 64], zero on and below the diagonals: a block's errors e then count as
-    ``sum(importance * (e + e @ coupling)**2)``;
+    ``coupling``: T types only, f32 [cols / 64, 64, 64], zero on and below the diagonals: a block's errors e then
+    count as ``sum(importance * (e + e @ coupling)**2)``;
     ``threads``: 0 = one per CPU.  Returns u8 [rows, row bytes], the same for any number of threads and kernel set.
 
     Raises ``ShapeError``, ``WeightsError``, ``ImportanceError``, ``BackendError``.

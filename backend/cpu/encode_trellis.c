@@ -202,10 +202,7 @@ static int32_t nearest_byte(double scale) {
  * to scale, so the best FINALS of them are closed: 2 instead of 1 takes 1.5 % off the error of T2, 3 another 0.3 %.
  * Going on from the best cycle with the seam on the other side takes off 0.5 % (and cannot make it worse, since that
  * cycle stays possible). */
-enum { NEAR = 1, OUTLIER_STEP = 3, FINALS = 2 };
-#ifndef COUPLED_REACH
-enum { COUPLED_REACH = 1 };
-#endif
+enum { NEAR = 1, OUTLIER_STEP = 3, FINALS = 2, COUPLED_REACH = 1 };
 
 static void search_scale(search * s, double rms, double top) {
     double power = 0;

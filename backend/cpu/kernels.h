@@ -43,10 +43,7 @@ typedef struct ccq_trellis {
 
 /* After each of the first CCQ_COUPLED_OPEN steps only about so many of the best ways are kept; later ones must be able to reach any
  * state, since a cycle has to end where it began. */
-#ifndef CCQ_COUPLED_KEPT
-enum { CCQ_COUPLED_KEPT = 256 };
-#endif
-enum { CCQ_COUPLED_OPEN = CCQ_GROUP - 10 };
+enum { CCQ_COUPLED_KEPT = 256, CCQ_COUPLED_OPEN = CCQ_GROUP - 10 };
 
 /* Working memory of a search with coupled errors (coupled.inl), and its tables. */
 typedef struct ccq_coupled {
