@@ -121,8 +121,8 @@ def encode_rows(
 
         layout = layouts.by_name(target)
         weights = error_weights(x, importance, layout)
-        target = x * target_gain(layout, importance is not None)
-        blocks: NDArray[np.uint8] = ccq_backend.encode(layout, target, importance=weights, threads=threads)
+        raised = x * target_gain(layout, importance is not None)
+        blocks: NDArray[np.uint8] = ccq_backend.encode(layout, raised, importance=weights, threads=threads)
         return blocks
     if target == "f32":
         return x.view(np.uint8)

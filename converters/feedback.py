@@ -127,7 +127,7 @@ def _check_symmetric(hessian: F64, mean: float) -> None:
 def _upper_factor(block: F64) -> F64:
     """The upper triangular U with ``U U^T = block``."""
     try:
-        factor: F64 = np.linalg.cholesky(block[::-1, ::-1])[::-1, ::-1]
+        factor: F64 = np.asarray(np.linalg.cholesky(block[::-1, ::-1])[::-1, ::-1], np.float64)
     except np.linalg.LinAlgError:
         raise ImportanceError("its Hessian is not positive semidefinite") from None
     return factor
