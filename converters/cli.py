@@ -15,6 +15,7 @@ import click
 import ccq_format
 from ccq_format.errors import CcqError
 
+from . import hessian as hessians
 from . import imatrix as importance
 from .plan import Plan, QuantOptions
 
@@ -107,6 +108,11 @@ def _quant_options(command: _F) -> _F:
             help="Importance file that weights the errors of the CCQ types: from 'ccq-convert calibrate' or "
             "llama.cpp's llama-imatrix (GGUF or the older binary form).",
         ),
+        click.option(
+            "--hessian",
+            type=click.Path(path_type=Path),
+            help="Hessian file of 'ccq-convert calibrate --hessian': its matrices are encoded with error feedback.",
+        ),
         click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]"),
         click.option("--dry-run", is_flag=True, help="Only print the plan."),
         click.option("--no-fallback", is_flag=True, help="Fail where a row does not fit a type's block."),
@@ -122,6 +128,7 @@ def _options(
     type_name: str,
     overrides: list[tuple[str, str]],
     imatrix: Path | None,
+    hessian: Path | None,
     threads: int,
     **flags: bool,
 ) -> tuple[Path, QuantOptions]:
@@ -130,6 +137,7 @@ def _options(
     options = QuantOptions(
         type_name,
         imatrix=importance.load(imatrix) if imatrix is not None else None,
+        hessian=hessians.Hessians(hessian) if hessian is not None else None,
         overrides=overrides,
         threads=threads,
         fallback=not flags["no_fallback"],

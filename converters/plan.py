@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ccq_format import layouts
 from ccq_format.errors import PlanError
 
+from .hessian import Hessians
 from .imatrix import Importance
 
 PLAIN_TYPES: dict[str, tuple[int, int]] = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34)}
@@ -87,7 +88,8 @@ class QuantOptions:
     """What the user asked for.
 
     ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
-    errors of the CCQ types; ``threads`` <= 0 means one per CPU.
+    errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
+    one per CPU.
     """
 
     type: str
@@ -97,6 +99,7 @@ class QuantOptions:
     overwrite: bool = False
     dry_run: bool = False
     imatrix: Importance | None = None
+    hessian: Hessians | None = None
 
 
 @dataclass(frozen=True)

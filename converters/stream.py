@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ccq_format import layouts
 from ccq_format.errors import CcqError, ImportanceError
 from ccq_format.gguf_io import Model, ModelWriter
 
 from .encode import check_weights, encode_rows, rows_of_importance
+from .feedback import Factors, encode_with_feedback, factorize
+from .hessian import Hessians
 from .imatrix import Importance, provenance
 from .plan import Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, is_ccq, make_plan
 
@@ -23,6 +26,9 @@ log = logging.getLogger(__name__)
 
 _CHUNK_CCQ = 1 << 16
 """Weights per step and thread of a CCQ encoder: about half a second, so that Ctrl-C and the progress bar feel alive."""
+
+_ROWS_FEEDBACK = 512
+"""Rows per step with error feedback, which encodes them one block of columns at a time."""
 
 _CHUNK_PLAIN = 1 << 22
 """Weights per step of the other types (16 MiB of float32)."""
@@ -52,6 +58,8 @@ def write_model(
         log.warning(warning)
     if options.imatrix is not None:
         check_importance(plan, options.imatrix)
+    if options.hessian is not None:
+        check_hessians(plan, options.hessian)
     if options.dry_run:
         return plan
     write_planned(
@@ -97,6 +105,27 @@ def check_importance(plan: Plan, importance: Importance) -> None:
     report = importance.expert_report(found)
     if report:
         log.warning(report)
+
+
+def check_hessians(plan: Plan, hessians: Hessians) -> None:
+    """Match a Hessian file with the tensors that get a CCQ type: warn of those without a Hessian (one line).
+
+    Raises ``ImportanceError`` if no tensor has one.
+    """
+    wanted = [t.source.name for t in plan.tensors if is_ccq(t.type)]
+    missing = [name for name in wanted if name not in hessians]
+    if not wanted:
+        log.warning("%s: not used, because no tensor gets a CCQ type", hessians.file)
+    elif len(missing) == len(wanted):
+        raise ImportanceError(
+            f"has no Hessian of any of the {len(wanted)} tensors to encode (such as '{wanted[0]}'): it belongs to "
+            "another model",
+            file=hessians.file,
+        )
+    elif missing:
+        log.warning(
+            "%s: no Hessian for %d of %d tensors (such as %s)", hessians.file, len(missing), len(wanted), missing[0]
+        )
 
 
 def write_planned(
@@ -163,6 +192,9 @@ def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple
         importance = options.imatrix.for_tensor(source.name, source.matrices, source.row_len)
     threads = options.threads if options.threads > 0 else cpu_count()
     step = max(1, (_CHUNK_CCQ * threads if is_ccq(tensor.type) else _CHUNK_PLAIN) // source.row_len)
+    if options.hessian is not None and is_ccq(tensor.type) and source.name in options.hessian:
+        yield from _rows_with_feedback(tensor, options.hessian, threads)
+        return
     copied = source.raw_rows if tensor.type == source.source_type else None
     for start in range(0, source.rows, step):
         stop = min(start + step, source.rows)
@@ -183,3 +215,28 @@ def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple
             if error.tensor is not None:
                 raise
             raise type(error)(error.reason, tensor=source.name) from error
+
+
+def _rows_with_feedback(
+    tensor: PlannedTensor, hessians: Hessians, threads: int
+) -> Iterator[tuple[NDArray[np.uint8], int]]:
+    """``encoded_rows`` of a matrix, or a stack of them, that has a Hessian."""
+    source = tensor.source
+    per_matrix = source.rows // source.matrices
+    for matrix in range(source.matrices):
+        factors = _factors(tensor, hessians, matrix)
+        end = (matrix + 1) * per_matrix
+        for start in range(matrix * per_matrix, end, _ROWS_FEEDBACK):
+            stop = min(start + _ROWS_FEEDBACK, end)
+            x = source.load_rows(start, stop)
+            check_weights(x, tensor.type, source.name)
+            yield encode_with_feedback(x, factors, threads), (stop - start) * source.row_len
+
+
+def _factors(tensor: PlannedTensor, hessians: Hessians, matrix: int) -> Factors:
+    source = tensor.source
+    product, count = hessians.product(source.name, source.matrices, source.row_len, matrix)
+    try:
+        return factorize(product, layouts.by_name(tensor.type), count=count)
+    except ImportanceError as error:
+        raise ImportanceError(error.reason, file=hessians.file, tensor=source.name) from error

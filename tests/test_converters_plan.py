@@ -143,12 +143,12 @@ def test_block_sizes_agree_with_gguf() -> None:
 
 def test_error_weights_follow_their_formula() -> None:
     x = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
-    for name, power in (("ccq_p2", 0.5), ("ccq_t2", 0.25)):
+    for name, power, exponent in (("ccq_p2", 0.5, 0.5), ("ccq_t2", 0.25, 0.75)):
         layout = layouts.by_name(name)
         plain = error_weights(x, None, layout)
         np.testing.assert_allclose(plain, [[(12.5 + 9) ** power, (12.5 + 16) ** power], [0, 0]], rtol=1e-6)
         weighted = error_weights(x, np.array([4.0, 0.25], np.float32), layout)
-        np.testing.assert_allclose(weighted, plain * [[2.0, 0.5], [2.0, 0.5]], rtol=1e-6)
+        np.testing.assert_allclose(weighted, plain * np.array([4.0, 0.25]) ** exponent, rtol=1e-6)
 
 
 def test_importance_rows_belong_to_their_matrix() -> None:

@@ -23,6 +23,7 @@ typedef struct {
     int64_t importance_stride;
     const float * scales;
     int32_t effort;
+    const float * coupling;
     int64_t n_cols;
     int64_t n_blocks;
     int64_t run; /* blocks taken at a time */
@@ -34,6 +35,7 @@ typedef struct {
 typedef struct {
     job * job;
     ccq_trellis * trellis; /* NULL for P types */
+    ccq_coupled * coupled; /* NULL without coupling */
 } worker;
 
 static void encode_block(const worker * self, int64_t block) {
@@ -49,7 +51,10 @@ static void encode_block(const worker * self, int64_t block) {
         return;
     }
     const int32_t scale_byte = j->scales == NULL ? -1 : ccq_trellis_scale_byte(j->scales[block]);
-    ccq_encode_trellis_block(j->kernels, self->trellis, j->weights + at, importance, scale_byte, j->effort, out);
+    const float * coupling =
+        j->coupling == NULL ? NULL : j->coupling + at % j->n_cols / CCQ_GROUP * (CCQ_GROUP * CCQ_GROUP);
+    ccq_encode_trellis_block(j->kernels, self->trellis, self->coupled, j->weights + at, importance, coupling,
+                             scale_byte, j->effort, out);
 }
 
 static void * work(void * argument) {
@@ -77,6 +82,12 @@ static ccq_status check_values(const job * j, int64_t n_rows) {
             }
         }
     }
+    if (j->coupling != NULL) {
+        for (int64_t i = 0; i < j->n_cols * CCQ_GROUP; i++) {
+            const int64_t row = i / CCQ_GROUP % CCQ_GROUP, column = i % CCQ_GROUP;
+            if (!isfinite(j->coupling[i]) || (column <= row && j->coupling[i] != 0)) { return CCQ_ERR_ARGUMENT; }
+        }
+    }
     if (j->scales != NULL) {
         for (int64_t block = 0; block < j->n_blocks; block++) {
             if (ccq_trellis_scale_byte(j->scales[block]) < 0) { return CCQ_ERR_SCALE; }
@@ -100,12 +111,19 @@ static ccq_status run_job(job * j, int32_t n) {
     pthread_t threads[MAX_THREADS];
     int32_t ready = 0;
     for (; ready < n; ready++) {
-        workers[ready] = (worker){.job = j, .trellis = NULL};
+        workers[ready] = (worker){.job = j, .trellis = NULL, .coupled = NULL};
         if (trellis) {
             void * memory = NULL;
             if (posix_memalign(&memory, 64, sizeof(ccq_trellis)) != 0) { break; }
             workers[ready].trellis = memory;
             ccq_trellis_init(workers[ready].trellis, j->index);
+            if (j->coupling != NULL) {
+                if (posix_memalign(&memory, 64, sizeof(ccq_coupled)) != 0) {
+                    free(workers[ready].trellis);
+                    break;
+                }
+                workers[ready].coupled = memory;
+            }
         }
     }
     if (ready == 0) { return CCQ_ERR_MEMORY; }
@@ -113,7 +131,10 @@ static ccq_status run_job(job * j, int32_t n) {
     while (started < ready && pthread_create(&threads[started], NULL, work, &workers[started]) == 0) { started++; }
     work(&workers[0]);
     for (int32_t i = 1; i < started; i++) { (void)pthread_join(threads[i], NULL); }
-    for (int32_t i = 0; i < ready; i++) { free(workers[i].trellis); }
+    for (int32_t i = 0; i < ready; i++) {
+        free(workers[i].trellis);
+        free(workers[i].coupled);
+    }
     return (ccq_status)atomic_load(&j->error);
 }
 
@@ -130,9 +151,11 @@ ccq_status ccq_encode(int32_t type, const float * weights, int64_t n_rows, int64
         j.importance = params->importance;
         j.importance_stride = params->importance_stride;
         j.scales = params->scales;
-        j.effort = (int32_t)params->effort;
+        j.effort = params->effort;
+        j.coupling = params->coupling;
+        if (j.importance_stride < 0) { return CCQ_ERR_ARGUMENT; }
         if (j.effort < CCQ_EFFORT_DEFAULT || j.effort > CCQ_EFFORT_BEST) { return CCQ_ERR_ARGUMENT; }
-        if (j.importance_stride < 0 || (j.scales != NULL && j.index > CCQ_INDEX_T3)) { return CCQ_ERR_ARGUMENT; }
+        if ((j.scales != NULL || j.coupling != NULL) && j.index > CCQ_INDEX_T3) { return CCQ_ERR_ARGUMENT; }
     }
     if (n_cols % j.type->block_weights) { return CCQ_ERR_ROW_LENGTH; }
     if (total == 0) { return CCQ_OK; }

@@ -69,6 +69,8 @@ int32_t ccq_trellis_scale_byte(float scale) {
 typedef struct {
     const ccq_kernels * kernels;
     ccq_trellis * trellis;
+    ccq_coupled * coupled;
+    const float * coupling; /* NULL: errors are independent */
     const float * x;
     const float * w;                  /* NULL: all ones */
     const int16_t * factor;           /* ccq_step_cost's; NULL: all CCQ_FACTOR_ONE */
@@ -151,8 +153,7 @@ static double open_pass(search * s, int32_t byte, int seam, int32_t * state) {
     return way_error(s, ccq_t_scale((uint8_t)byte));
 }
 
-static void keep(search * s, int32_t byte) {
-    const double error = way_error(s, ccq_t_scale((uint8_t)byte));
+static void keep(search * s, int32_t byte, double error) {
     if (error < s->best_error) {
         s->best_error = error;
         s->best_byte = byte;
@@ -166,7 +167,7 @@ static void closed_pass(search * s, int32_t byte, int seam, int32_t state) {
     for (int i = 0; i < CCQ_TRELLIS_STATES; i++) { start[i] = CCQ_METRIC_MAX; }
     start[state] = 0;
     run_pass(s, byte, seam);
-    if (trace(s, seam, state) == state) { keep(s, byte); }
+    if (trace(s, seam, state) == state) { keep(s, byte, way_error(s, ccq_t_scale((uint8_t)byte))); }
 }
 
 static double open_cost(search * s, int32_t byte) {
@@ -212,17 +213,19 @@ static double likely_scale(const search * s) {
  * Measured on 8192 Gaussian weights of T2: `fast` 4 passes, relmse 0.0735; `default` 10.6 passes, 0.0716; `best` 35
  * passes, 0.0708; the limit of all scales and 5 seams is 0.0708 too. */
 typedef struct {
-    int32_t open;  /* scales opened, the likeliest first */
-    int32_t climb; /* whether to go on to the next scale as long as that lowers the open pass's cost */
-    int32_t close; /* scales closed, the least open cost first */
-    int32_t again; /* how many of them are also opened and closed at other seams */
-    int32_t seams; /* the number of these */
-    int32_t given; /* seams tried where the scale is given */
+    int32_t open;    /* scales opened, the likeliest first */
+    int32_t climb;   /* whether to go on to the next scale as long as that lowers the open pass's cost */
+    int32_t close;   /* scales closed, the least open cost first */
+    int32_t again;   /* how many of them are also opened and closed at other seams */
+    int32_t seams;   /* the number of these */
+    int32_t given;   /* seams tried where the scale is given */
+    int32_t coupled; /* scales tried on either side of the best where errors are coupled */
 } plan;
 
-static const plan PLANS[] = {[CCQ_EFFORT_DEFAULT] = {.open = 3, .climb = 1, .close = 4, .again = 2, .seams = 1, .given = 4},
-                             [CCQ_EFFORT_FAST] = {.open = 2, .climb = 0, .close = 2, .again = 0, .seams = 0, .given = 2},
-                             [CCQ_EFFORT_BEST] = {.open = 6, .climb = 1, .close = 8, .again = 8, .seams = 3, .given = 8}};
+static const plan PLANS[] = {
+    [CCQ_EFFORT_DEFAULT] = {.open = 3, .climb = 1, .close = 4, .again = 2, .seams = 1, .given = 4, .coupled = 1},
+    [CCQ_EFFORT_FAST] = {.open = 2, .climb = 0, .close = 2, .again = 0, .seams = 0, .given = 2, .coupled = 0},
+    [CCQ_EFFORT_BEST] = {.open = 6, .climb = 1, .close = 8, .again = 8, .seams = 3, .given = 8, .coupled = 2}};
 
 static const int SEAMS[8] = {0, 32, 16, 48, 8, 40, 24, 56};
 
@@ -288,6 +291,37 @@ static void search_given(search * s, int32_t byte, const plan * how) {
     }
 }
 
+/* --- coupled errors --------------------------------------------------------------------------------------------- */
+
+/* sum(w * (e + e U)^2) of the errors e of `window` at `scale`; window NULL: of a block of zeros. */
+static double coupled_error(const search * s, const uint16_t * window, float scale) {
+    double error[CCQ_GROUP], owed[CCQ_GROUP] = {0}, sum = 0;
+    for (int t = 0; t < CCQ_GROUP; t++) {
+        error[t] = (double)s->x[t] - (window ? (double)(scale * (float)s->trellis->level[window[t]]) : 0.0);
+        const double remaining = error[t] + owed[t];
+        sum += (s->w ? (double)s->w[t] : 1.0) * remaining * remaining;
+        const float * row = s->coupling + t * CCQ_GROUP;
+        for (int j = t + 1; j < CCQ_GROUP; j++) { owed[j] += error[t] * (double)row[j]; }
+    }
+    return sum;
+}
+
+/* From the best cycle without coupling to a better one with it: through the same state before step 0, at its scale and
+ * `reach` scales to either side.  Keeps the cycle it starts from if none is better. */
+static void search_coupled(search * s, int32_t reach) {
+    const int32_t state = state_at(s, s->best_window, 0), middle = s->best_byte;
+    s->best_error = coupled_error(s, s->best_window, ccq_t_scale((uint8_t)middle));
+    for (int32_t byte = middle - reach; byte <= middle + reach; byte++) {
+        if (byte < 1 || byte >= SCALE_BYTES) { continue; }
+        const float scale = ccq_t_scale((uint8_t)byte);
+        float units[CCQ_GROUP];
+        for (int t = 0; t < CCQ_GROUP; t++) { units[t] = s->x[t] / scale; }
+        s->kernels->coupled(s->trellis, s->coupled, units, s->w, s->coupling, state, s->window);
+        /* Couplings so large that costs overflow leave no way back to the state. */
+        if (state_at(s, s->window, 0) == state) { keep(s, byte, coupled_error(s, s->window, scale)); }
+    }
+}
+
 /* --- the block's bytes ------------------------------------------------------------------------------------------ */
 
 /* The first `stride` bits of each window in turn: the others belong to the windows after it. */
@@ -317,8 +351,9 @@ static void set_factors(const float * w, int16_t * factor) {
     }
 }
 
-void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis, const float * x, const float * w,
-                              int32_t scale_byte, int32_t effort, uint8_t * block) {
+void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis, ccq_coupled * coupled,
+                              const float * x, const float * w, const float * coupling, int32_t scale_byte,
+                              int32_t effort, uint8_t * block) {
     float values[CCQ_GROUP], factors[CCQ_GROUP];
     double power = 0, top = 0;
     float w_top = 0;
@@ -340,6 +375,8 @@ void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis
     }
     search s = {.kernels = kernels,
                 .trellis = trellis,
+                .coupled = coupled,
+                .coupling = coupling,
                 .x = values,
                 .w = weighted ? factors : NULL,
                 .best_error = INFINITY,
@@ -354,9 +391,14 @@ void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis
         search_given(&s, scale_byte, &PLANS[effort]);
     } else {
         search_scale(&s, &PLANS[effort]);
-        if (!(s.best_error < power)) { return; } /* weights far below the smallest scale: zeros are nearer */
     }
     if (s.best_byte < 0) { return; }
+    if (coupling != NULL) {
+        power = coupled_error(&s, NULL, 0.0f);
+        search_coupled(&s, scale_byte > 0 ? 0 : PLANS[effort].coupled);
+    }
+    /* Weights far below the smallest scale: zeros are nearer. */
+    if (scale_byte < 0 && !(s.best_error < power)) { return; }
     block[0] = (uint8_t)s.best_byte;
     write_codes(&s, block + 1);
 }

@@ -41,6 +41,16 @@ typedef struct ccq_trellis {
     uint16_t metric[CCQ_GROUP + 1][CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
 } ccq_trellis;
 
+/* Working memory of one encoder thread's searches with coupled errors (coupled.inl). */
+typedef struct ccq_coupled {
+    float owed[2][CCQ_TRELLIS_STATES][CCQ_GROUP]; /* before even and odd steps: added to the targets, by state */
+    float metric[CCQ_TRELLIS_STATES];
+    float split_metric[CCQ_TRELLIS_STATES];
+    float split_target[CCQ_TRELLIS_STATES];
+    int32_t chosen[CCQ_TRELLIS_STATES];
+    uint8_t way[CCQ_GROUP][CCQ_TRELLIS_STATES];
+} ccq_coupled;
+
 /* The kernels of one instruction set.  Pointers are valid and counts whole blocks: the entry points check. */
 typedef struct ccq_kernels {
     /* n_blocks blocks to floats. */
@@ -56,6 +66,9 @@ typedef struct ccq_kernels {
     /* One pass of the Viterbi algorithm over the 64 steps that start at step `first` of the block and wrap around.
      * metric[0] is given; fills metric[1..64].  The meaning of x and factor (NULL for all ones) is ccq_step_cost's. */
     void (*viterbi)(ccq_trellis * trellis, const int16_t * x, const int16_t * factor, int32_t first);
+    /* The best cycle through `state` before step 0 where errors are coupled: see coupled.inl. */
+    void (*coupled)(const ccq_trellis * trellis, ccq_coupled * coupled, const float * x, const float * w,
+                    const float * coupling, int32_t state, uint16_t * window);
 } ccq_kernels;
 
 extern const ccq_kernels ccq_kernels_scalar;
@@ -111,9 +124,11 @@ static inline int32_t ccq_step_cost(int32_t x, int32_t factor, int32_t level) {
 /* Fill the tables for the type at `index` (a T type). */
 void ccq_trellis_init(ccq_trellis * trellis, int32_t index);
 
-/* Encode 64 weights; w is NULL for all ones; scale_byte < 0: searched. */
-void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis, const float * x, const float * w,
-                              int32_t scale_byte, int32_t effort, uint8_t * block);
+/* Encode 64 weights; w is NULL for all ones; coupled and coupling (64 x 64, as in ccq.h) are NULL where errors are
+ * independent; scale_byte < 0: searched; effort is a ccq_effort. */
+void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis, ccq_coupled * coupled,
+                              const float * x, const float * w, const float * coupling, int32_t scale_byte,
+                              int32_t effort, uint8_t * block);
 
 /* The scale byte that means exactly `scale`, or -1. */
 int32_t ccq_trellis_scale_byte(float scale);

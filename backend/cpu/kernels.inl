@@ -223,6 +223,10 @@ static void viterbi(ccq_trellis * trellis, const int16_t * x, const int16_t * fa
     }
 }
 
+/* --- encoding with coupled errors --------------------------------------------------------------------------------- */
+
+#include "coupled.inl"
+
 /* --- the table -------------------------------------------------------------------------------------------------- */
 
 const ccq_kernels CCQ_SET = {
@@ -238,4 +242,5 @@ const ccq_kernels CCQ_SET = {
     .panel_dot = panel_dot,
     .quantize = quantize,
     .viterbi = viterbi,
+    .coupled = coupled_pass,
 };

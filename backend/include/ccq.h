@@ -17,7 +17,7 @@ extern "C" {
 typedef enum ccq_status {
     CCQ_OK = 0,
     CCQ_ERR_TYPE = 1,       /* no CCQ type has this id */
-    CCQ_ERR_ARGUMENT = 2,   /* a null pointer, a negative count or stride */
+    CCQ_ERR_ARGUMENT = 2,   /* a null pointer, a negative count or stride, an encoding parameter outside its range */
     CCQ_ERR_ROW_LENGTH = 3, /* the row length is no multiple of the type's block */
     CCQ_ERR_WEIGHTS = 4,    /* a weight is NaN or infinite */
     CCQ_ERR_IMPORTANCE = 5, /* an importance is negative, NaN or infinite */
@@ -67,11 +67,16 @@ typedef struct ccq_encode_params {
     int64_t importance_stride;  /* floats from one row's importance to the next; 0: all rows share n_cols values */
     const float * scales;       /* T types only: fixes each block's scale (n_rows * n_cols / 64); NULL: searched */
     int32_t effort;             /* a ccq_effort: how far the T types' encoder searches; P types have one way */
+    const float * coupling;     /* T types only: n_cols / 64 matrices of 64 x 64, see ccq_encode; NULL: none */
 } ccq_encode_params;
 
 /* Encode an n_rows x n_cols row-major matrix so that sum(importance * (w - decoded)^2) is small.  The bytes do not
  * depend on n_threads nor on the kernel set.  blocks receives n_rows * n_cols / block_weights * block_bytes bytes.
- * params may be NULL. */
+ * params may be NULL.
+ *
+ * With a coupling, the row e of the 64 errors w - decoded of the i-th block of every row of the matrix counts as
+ * sum(importance * (e + e U)^2) instead, U being the i-th 64 x 64 row-major matrix: what earlier errors add to later
+ * ones.  U must be finite and zero on and below its diagonal (CCQ_ERR_ARGUMENT).  Takes about 15 times as long. */
 ccq_status ccq_encode(int32_t type, const float * weights, int64_t n_rows, int64_t n_cols,
                       const ccq_encode_params * params, void * blocks);
 

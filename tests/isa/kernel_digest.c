@@ -183,6 +183,13 @@ static void encode(const ccq_type_info * type) {
     check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
     digest(type->name, "encode_weighted", n_blocks, blocks, bytes);
     if (trellis) {
+        static float coupling[3 * CCQ_GROUP * CCQ_GROUP];
+        for (int i = 0; i < n * CCQ_GROUP; i++) {
+            coupling[i] = i % CCQ_GROUP > i / CCQ_GROUP % CCQ_GROUP ? 0.25f * random_value() : 0.0f;
+        }
+        params.coupling = coupling;
+        check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
+        digest(type->name, "encode_coupled", n_blocks, blocks, bytes);
         for (int i = 0; i < ENCODE_ROWS * n_blocks; i++) { scales[i] = 0x1p-11f; }
         params = (ccq_encode_params){.n_threads = 1, .scales = scales};
         check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));

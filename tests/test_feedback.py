@@ -1,0 +1,257 @@
+"""Error feedback: what it gains, what it must not depend on, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import ccq_backend
+from ccq_converters.encode import magnitude_weights, target_gain
+from ccq_converters.feedback import Factors, encode_with_feedback, factorize
+from ccq_converters.hessian import Hessians, HessianWriter
+from ccq_converters.plan import QuantOptions
+from ccq_converters.quantize import quantize
+from ccq_format import layouts
+from ccq_format.errors import ImportanceError, ShapeError
+from ccq_format.gguf_io import ModelWriter, open_model
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+T_TYPES = [layout for layout in layouts.LAYOUTS if isinstance(layout.code, layouts.TrellisCode)]
+P_TYPES = [layout for layout in layouts.LAYOUTS if not isinstance(layout.code, layouts.TrellisCode)]
+
+
+def correlated_hessian(n: int, seed: int = 1) -> F32:
+    """X^T X of inputs in which neighbours, and distant columns too, depend on each other."""
+    rng = np.random.default_rng(seed)
+    common = rng.standard_normal((4 * n, n // 8)) @ rng.standard_normal((n // 8, n))
+    x = common / np.sqrt(n / 8) + 0.5 * rng.standard_normal((4 * n, n))
+    x *= np.exp(0.5 * rng.standard_normal(n))
+    return (x.T @ x).astype(np.float32)
+
+
+def gaussian(rows: int, n: int, seed: int = 2) -> F32:
+    return (0.05 * np.random.default_rng(seed).standard_normal((rows, n))).astype(np.float32)
+
+
+def plain(x: F32, layout: layouts.Layout, column_weights: F32) -> NDArray[np.uint8]:
+    """The encoder without feedback, in the same weighting."""
+    power = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
+    weights = magnitude_weights(x, power, layout) * column_weights
+    return ccq_backend.encode(layout, x * target_gain(layout, True), importance=weights)
+
+
+def layer_error(x: F32, blocks: NDArray[np.uint8], layout: layouts.Layout, hessian: F32) -> float:
+    """tr((W - Q) H (W - Q)^T) relative to tr(W H W^T)."""
+    w, h = x.astype(np.float64), hessian.astype(np.float64)
+    e = w - ccq_backend.decode(layout, blocks)
+    return float(((e @ h) * e).sum() / ((w @ h) * w).sum())
+
+
+@pytest.mark.parametrize("layout", T_TYPES, ids=lambda layout: layout.name)
+def test_feedback_lowers_the_layer_error(layout: layouts.Layout) -> None:
+    x, hessian = gaussian(24, 256), correlated_hessian(256)
+    with_feedback = encode_with_feedback(x, factorize(hessian, layout))
+    without = plain(x, layout, np.diagonal(hessian))
+    assert layer_error(x, with_feedback, layout, hessian) < 0.5 * layer_error(x, without, layout, hessian)
+
+
+@pytest.mark.parametrize("layout", P_TYPES, ids=lambda layout: layout.name)
+def test_feedback_lowers_the_layer_error_of_p_types(layout: layouts.Layout) -> None:
+    x, hessian = gaussian(4, 1024), correlated_hessian(1024)
+    with_feedback = encode_with_feedback(x, factorize(hessian, layout))
+    without = plain(x, layout, np.diagonal(hessian))
+    assert layer_error(x, with_feedback, layout, hessian) < 0.9 * layer_error(x, without, layout, hessian)
+
+
+def test_coupling_inside_the_block_lowers_the_error_further() -> None:
+    layout = layouts.by_name("ccq_t2")
+    x, hessian = gaussian(48, 128), correlated_hessian(128)
+    factors = factorize(hessian, layout)
+    assert factors.coupling is not None
+    between = Factors(layout, factors.spread, factors.weights, np.zeros_like(factors.coupling))
+    inside = layer_error(x, encode_with_feedback(x, factors), layout, hessian)
+    assert inside < 0.8 * layer_error(x, encode_with_feedback(x, between), layout, hessian)
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("hessian", [np.eye(512), 3 * np.eye(512), np.zeros((512, 512))], ids=["I", "3I", "0"])
+def test_independent_inputs_give_the_plain_encoders_bytes(layout: layouts.Layout, hessian: F64) -> None:
+    x = gaussian(2, 512)
+    blocks = encode_with_feedback(x, factorize(hessian.astype(np.float32), layout))
+    assert np.array_equal(blocks, plain(x, layout, np.ones(512, np.float32)))
+
+
+def test_factors_rebuild_the_damped_hessian() -> None:
+    layout, n = layouts.by_name("ccq_t3"), 192
+    hessian = correlated_hessian(n).astype(np.float64)
+    mean = np.diagonal(hessian).mean()
+    factors = factorize(hessian, layout, damping=0.03)
+    assert factors.coupling is not None
+    inner = np.zeros((n, n))
+    outer = np.eye(n)
+    for group in range(3):
+        at = slice(64 * group, 64 * group + 64)
+        inner[at, at] = np.eye(64) + factors.coupling[group]
+        outer[at, at.stop :] = factors.spread[at, at.stop :]
+    upper = outer @ inner
+    rebuilt = upper @ np.diag(factors.weights.astype(np.float64)) @ upper.T
+    damped = hessian / mean + 0.03 * np.eye(n)
+    assert np.allclose(rebuilt * (damped[0, 0] / rebuilt[0, 0]), damped, atol=1e-5)
+
+
+def test_damping_moves_towards_independent_columns() -> None:
+    layout, hessian = layouts.by_name("ccq_t2"), correlated_hessian(128)
+    sizes = []
+    for damping in (0.001, 0.1, 10.0, 1e6):
+        factors = factorize(hessian, layout, damping=damping)
+        assert factors.coupling is not None
+        sizes.append(float(np.abs(factors.spread[:64, 64:]).sum() + np.abs(factors.coupling).sum()))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 1e-2
+
+
+def test_few_inputs_count_less() -> None:
+    layout, hessian = layouts.by_name("ccq_t2"), correlated_hessian(128)
+    many, few = factorize(hessian, layout, count=1e6), factorize(hessian, layout, count=4)
+    assert np.abs(few.spread[:64, 64:]).mean() < 0.5 * np.abs(many.spread[:64, 64:]).mean()
+
+
+def test_columns_that_never_occur_are_encoded_all_the_same() -> None:
+    layout, hessian = layouts.by_name("ccq_t2"), correlated_hessian(128)
+    hessian[:, 30:70] = 0
+    hessian[30:70] = 0
+    x = gaussian(8, 128)
+    decoded = ccq_backend.decode(layout, encode_with_feedback(x, factorize(hessian, layout)))
+    lost = np.square(x - decoded)[:, 30:70].sum() / np.square(x)[:, 30:70].sum()
+    assert lost < 0.5
+
+
+@pytest.mark.parametrize("name", ["ccq_t2_5", "ccq_p2_5"])
+def test_same_bytes_for_any_threads_and_any_split_of_rows(name: str) -> None:
+    layout = layouts.by_name(name)
+    x, factors = gaussian(40, 512), factorize(correlated_hessian(512), layout)
+    whole = encode_with_feedback(x, factors, threads=1)
+    assert np.array_equal(whole, encode_with_feedback(x, factors, threads=3))
+    parts = [encode_with_feedback(x[a:b], factors, threads=2) for a, b in ((0, 1), (1, 8), (8, 40))]
+    assert np.array_equal(whole, np.concatenate(parts))
+
+
+def _bad(change: str) -> F32:
+    hessian = correlated_hessian(64)
+    if change == "NaN":
+        hessian[3, 5] = np.nan
+    elif change == "symmetric":
+        hessian[3, 5] += hessian[3, 3]
+    elif change == "diagonal":
+        hessian[7, 7] = -1
+    elif change == "semidefinite":
+        hessian[3, 5] = hessian[5, 3] = 3 * (hessian[3, 3] + hessian[5, 5])
+    else:
+        hessian = hessian[:, :60]
+    return hessian
+
+
+@pytest.mark.parametrize("change", ["NaN", "symmetric", "diagonal", "semidefinite", "shape"])
+def test_damaged_hessian(change: str) -> None:
+    with pytest.raises(ImportanceError, match=change):
+        factorize(_bad(change), layouts.by_name("ccq_t2"))
+
+
+@pytest.mark.parametrize("effort", list(ccq_backend.EFFORTS))
+@pytest.mark.parametrize("size", [0.1, 10.0, 1e18, 1e30])
+def test_coupling_never_raises_what_it_counts(size: float, effort: str) -> None:
+    """Not even where single-precision costs overflow in the search."""
+    layout, x = layouts.by_name("ccq_t2"), gaussian(3, 64)
+    coupling = np.triu(np.random.default_rng(4).normal(0, size, (1, 64, 64)), 1).astype(np.float32)
+    counted = []
+    for given in (coupling, None):
+        blocks = ccq_backend.encode(layout, x, coupling=given, effort=effort)
+        error = x.astype(np.float64) - ccq_backend.decode(layout, blocks)
+        counted.append(np.square(error + error @ coupling[0].astype(np.float64)).sum(axis=1))
+    assert (counted[0] <= counted[1]).all()
+
+
+def test_coupling_is_checked() -> None:
+    x = gaussian(2, 64)
+    for wrong in (np.eye(64), np.full((64, 64), np.nan), np.tril(np.ones((64, 64)), -1)):
+        with pytest.raises(ccq_backend.kernels.errors.BackendError):
+            ccq_backend.encode("ccq_t2", x, coupling=wrong[None])
+    with pytest.raises(ShapeError):
+        ccq_backend.encode("ccq_t2", x, coupling=np.zeros((2, 64, 64)))
+    with pytest.raises(ccq_backend.kernels.errors.BackendError):
+        ccq_backend.encode("ccq_p2_5", gaussian(1, 256), coupling=np.zeros((4, 64, 64)))
+
+
+# --- whole files ----------------------------------------------------------------------------------------------------
+
+Q, STACK = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "f32.gguf"
+    tensors = {
+        Q: gaussian(32, 128),
+        STACK: gaussian(48, 64, 3).reshape(2, 24, 64),
+        "blk.0.attn_k.weight": gaussian(8, 128),
+    }
+    with ModelWriter(path, "llama") as writer:
+        for name, data in tensors.items():
+            writer.add_tensor(name, "f32", data.shape)
+        writer.begin()
+        for name, data in tensors.items():
+            writer.write(name, data.reshape(-1, data.shape[-1]).view(np.uint8))
+    return path
+
+
+def write_hessians(path: Path, q: F32, stack: list[F32]) -> Path:
+    with HessianWriter(path, {Q: q.shape, STACK: (len(stack), *stack[0].shape)}, {}) as writer:
+        writer.begin()
+        writer.write(Q, q, 1000.0, 0)
+        for matrix, product in enumerate(stack):
+            writer.write(STACK, product, 500.0, matrix)
+    return path
+
+
+def test_quantize_uses_the_file(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    q, stack = correlated_hessian(128), [correlated_hessian(64, 5), correlated_hessian(64, 6)]
+    path = write_hessians(tmp_path / "h.safetensors", q, stack)
+    out = tmp_path / "out.gguf"
+    quantize(model, out, QuantOptions("ccq_t2", hessian=Hessians(path)), progress=False)
+    layout = layouts.by_name("ccq_t2")
+    written = {info.name: np.asarray(info.data()).reshape(info.n_rows, -1) for info in open_model(out).tensors}
+    expected = encode_with_feedback(gaussian(32, 128), factorize(q, layout, count=1000.0))
+    assert np.array_equal(written[Q], expected)
+    x = gaussian(48, 64, 3)
+    for matrix, product in enumerate(stack):
+        rows = slice(24 * matrix, 24 * matrix + 24)
+        expected = encode_with_feedback(x[rows], factorize(product, layout, count=500.0))
+        assert np.array_equal(written[STACK][rows], expected)
+    assert "no Hessian for 1 of 3 tensors (such as blk.0.attn_k.weight)" in caplog.text
+
+
+def test_damaged_file_is_named_with_the_tensor(model: Path, tmp_path: Path) -> None:
+    for change in ("NaN", "symmetric", "semidefinite"):
+        q = correlated_hessian(128)
+        q[:64, :64] = _bad(change)
+        path = write_hessians(tmp_path / f"{change}.safetensors", q, [correlated_hessian(64)] * 2)
+        out = tmp_path / "out.gguf"
+        with pytest.raises(ImportanceError, match=change) as caught:
+            quantize(model, out, QuantOptions("ccq_t2", hessian=Hessians(path)), progress=False)
+        assert (caught.value.file, caught.value.tensor) == (str(path), Q)
+        assert not out.exists()
+
+
+def test_file_of_another_model(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "h.safetensors"
+    with HessianWriter(path, {"blk.9.attn_q.weight": (64, 64)}, {}) as writer:
+        writer.begin()
+        writer.write("blk.9.attn_q.weight", np.eye(64, dtype=np.float32), 10.0, 0)
+    with pytest.raises(ImportanceError, match="another model") as caught:
+        quantize(model, tmp_path / "out.gguf", QuantOptions("ccq_t2", hessian=Hessians(path)), progress=False)
+    assert caught.value.file == str(path)
