@@ -304,7 +304,13 @@ def test_interrupt_leaves_no_file(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     command = [sys.executable, "-m", "ccq_converters.cli", "quantize", str(tmp_path / "in.gguf"), "--type", "t3"]
-    child = subprocess.Popen([*command, "-o", str(out / "o.gguf")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [*command, "-o", str(out / "o.gguf")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         deadline = time.monotonic() + 60
         while not any(out.iterdir()):
