@@ -108,6 +108,7 @@ def encode_rows(
     x: NDArray[np.float32],
     importance: NDArray[np.float32] | None = None,
     threads: int = 0,
+    effort: str = "default",
 ) -> NDArray[np.uint8]:
     """Encode float32 ``[rows, row_len]`` to uint8 ``[rows, row_bytes]`` of type ``target``.
 
@@ -122,7 +123,9 @@ def encode_rows(
         layout = layouts.by_name(target)
         weights = error_weights(x, importance, layout)
         raised = x * target_gain(layout, importance is not None)
-        blocks: NDArray[np.uint8] = ccq_backend.encode(layout, raised, importance=weights, threads=threads)
+        blocks: NDArray[np.uint8] = ccq_backend.encode(
+            layout, raised, importance=weights, threads=threads, effort=effort
+        )
         return blocks
     if target == "f32":
         return x.view(np.uint8)

@@ -141,7 +141,7 @@ def _rounded(x: F64, axis: int) -> F64:
     return rounded
 
 
-def encode_with_feedback(x: F32, factors: Factors, threads: int = 0) -> NDArray[np.uint8]:
+def encode_with_feedback(x: F32, factors: Factors, threads: int = 0, effort: str = "default") -> NDArray[np.uint8]:
     """Encode float32 ``[rows, n]`` (finite) to uint8 ``[rows, row_bytes]`` of the type of ``factors``.
 
     ``threads`` <= 0 means one per CPU.  The same bytes for any split of the rows and any number of threads.
@@ -162,7 +162,12 @@ def encode_with_feedback(x: F32, factors: Factors, threads: int = 0) -> NDArray[
         if factors.coupling is not None and factors.coupling[start // _GROUP].any():
             coupling = factors.coupling[start // _GROUP][None]
         codes = ccq_backend.encode(
-            layout, block * gain, importance=weights.astype(np.float32), threads=threads, coupling=coupling
+            layout,
+            block * gain,
+            importance=weights.astype(np.float32),
+            threads=threads,
+            effort=effort,
+            coupling=coupling,
         )
         out[:, start // size] = codes
         if stop == n:

@@ -89,12 +89,13 @@ class QuantOptions:
 
     ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
     errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
-    one per CPU.
+    one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``).
     """
 
     type: str
     overrides: list[tuple[str, str]] = field(default_factory=list)
     threads: int = 0
+    effort: str = "default"
     fallback: bool = True
     overwrite: bool = False
     dry_run: bool = False

@@ -193,7 +193,7 @@ def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple
     threads = options.threads if options.threads > 0 else cpu_count()
     step = max(1, (_CHUNK_CCQ * threads if is_ccq(tensor.type) else _CHUNK_PLAIN) // source.row_len)
     if options.hessian is not None and is_ccq(tensor.type) and source.name in options.hessian:
-        yield from _rows_with_feedback(tensor, options.hessian, threads)
+        yield from _rows_with_feedback(tensor, options.hessian, threads, options.effort)
         return
     copied = source.raw_rows if tensor.type == source.source_type else None
     for start in range(0, source.rows, step):
@@ -210,7 +210,7 @@ def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple
         if importance is not None:
             part = rows_of_importance(importance, source.name, source.rows, source.row_len, start, stop)
         try:
-            yield encode_rows(tensor.type, x, part, threads), weights
+            yield encode_rows(tensor.type, x, part, threads, options.effort), weights
         except CcqError as error:
             if error.tensor is not None:
                 raise
@@ -218,7 +218,7 @@ def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple
 
 
 def _rows_with_feedback(
-    tensor: PlannedTensor, hessians: Hessians, threads: int
+    tensor: PlannedTensor, hessians: Hessians, threads: int, effort: str
 ) -> Iterator[tuple[NDArray[np.uint8], int]]:
     """``encoded_rows`` of a matrix, or a stack of them, that has a Hessian."""
     source = tensor.source
@@ -230,7 +230,7 @@ def _rows_with_feedback(
             stop = min(start + _ROWS_FEEDBACK, end)
             x = source.load_rows(start, stop)
             check_weights(x, tensor.type, source.name)
-            yield encode_with_feedback(x, factors, threads), (stop - start) * source.row_len
+            yield encode_with_feedback(x, factors, threads, effort), (stop - start) * source.row_len
 
 
 def _factors(tensor: PlannedTensor, hessians: Hessians, matrix: int) -> Factors:
