@@ -490,7 +490,7 @@ static void encode_p2_5(const float * x, const float * importance, uint8_t * blo
     static const word_code code = {CCQ_P2_5_GROUPS, (1 << CCQ_P2_5_SCALE_BITS) - 1, CCQ_P2_5_ZERO_POINT, scan_p2_5,
                                    assign_p2_5};
     static const int shifts[] = CCQ_P2_5_SHIFTS;
-    unit_block b = {0};
+    unit_block b;
     scales s = {0};
     uint8_t v[CCQ_P2_5_BLOCK_WEIGHTS];
     memset(v, 7, sizeof v);
@@ -518,7 +518,7 @@ static void encode_p2_75(const float * x, const float * importance, uint8_t * bl
     static const word_code code = {CCQ_P2_75_GROUPS, (1 << CCQ_P2_75_SCALE_BITS) - 1, CCQ_P2_75_ZERO_POINT, scan_p2_75,
                                    assign_p2_75};
     static const int shifts[] = CCQ_P2_75_SHIFTS;
-    unit_block b = {0};
+    unit_block b;
     scales s = {0};
     uint8_t v[CCQ_P2_75_BLOCK_WEIGHTS];
     memset(v, 15, sizeof v);
