@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Sequence
 from math import prod
-from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -16,7 +13,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from ._header import ALIGNMENT_KEY, ENCODER_KEY, MAX_NAME_BYTES, SPEC_VERSION_KEY
-from .errors import OutputError, PlanError, ShapeError
+from ._target import Target
+from .errors import PlanError, ShapeError
 from .layouts import LAYOUTS, SPEC_VERSION
 
 if TYPE_CHECKING:
@@ -47,7 +45,7 @@ class _GgufWriter(gguf.GGUFWriter):
         return super()._pack_val(val, vtype, add_vtype, sub_type)
 
 
-class ModelWriter:
+class ModelWriter(Target):
     """Writes one GGUF file, holding no more than the chunk being written.
 
     Order of calls: metadata (through :attr:`gguf` and :meth:`copy_metadata`) and :meth:`add_tensor` for every tensor,
@@ -78,11 +76,8 @@ class ModelWriter:
         """
         from . import __version__
 
-        self.path = Path(path)
-        self.overwrite = overwrite
+        super().__init__(path, overwrite)
         self.encoder = encoder if encoder is not None else f"ccq {__version__}"
-        self._check_target()
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
         self.gguf: gguf.GGUFWriter = _GgufWriter(None, arch)
         """Takes metadata: every ``add_*`` call of ``gguf.GGUFWriter``.  Leave tensors and files to this class."""
         self._sizes: dict[str, tuple[GGMLQuantizationType, int]] = {}
@@ -224,28 +219,9 @@ class ModelWriter:
     def __enter__(self) -> ModelWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
-
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     @property
     def _file(self) -> Any:
         assert self.gguf.fout is not None
         return self.gguf.fout[0]
-
-    def _check_target(self) -> None:
-        if self.path.is_dir():
-            raise OutputError("is a folder", file=self.path)
-        if not self.path.parent.is_dir():
-            raise OutputError("its folder does not exist", file=self.path)
-        if self.path.exists() and not self.overwrite:
-            raise OutputError("exists already", file=self.path)
-
-    def _output_error(self, error: OSError) -> OutputError:
-        return OutputError(error.strerror or str(error), file=self.path)

@@ -11,24 +11,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from math import prod
-from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from ccq_format.errors import ImportanceError, OutputError
+from ccq_format._target import Target
+from ccq_format.errors import ImportanceError
 
 VERSION = "1"
 _COUNTS = ".counts"
 
 
-class HessianWriter:
+class HessianWriter(Target):
     """Writes matrices in any order, straight to their places in a temporary file that :meth:`close` renames.
 
     ``shapes`` are those of the products, ``shared`` maps names to the one stored.  Nothing is created before
@@ -44,9 +42,7 @@ class HessianWriter:
         overwrite: bool = False,
     ) -> None:
         """Raises ``OutputError`` if the target exists and ``overwrite`` is false, or its folder is missing."""
-        self.path = Path(path)
-        self.overwrite = overwrite
-        self._check_target()
+        super().__init__(path, overwrite)
         self._shared = dict(shared)
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
@@ -54,7 +50,6 @@ class HessianWriter:
             self._shapes[name + _COUNTS] = (prod(shape[:-2]),)
         self._offsets: dict[str, int] = {}
         self._missing = set(self._shapes)
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
         self._file: BinaryIO | None = None
 
     def begin(self) -> None:
@@ -77,7 +72,7 @@ class HessianWriter:
             self._file.write(len(text).to_bytes(8, "little") + text)
             self._file.truncate(start + at)
         except OSError as error:
-            raise self._error(error) from error
+            raise self._output_error(error) from error
 
     def write(self, name: str, product: NDArray[np.float32], count: float, matrix: int = 0) -> None:
         """Store the product float32 ``[row_len, row_len]`` of one matrix of a stack.  Raises ``OutputError``."""
@@ -90,7 +85,7 @@ class HessianWriter:
             self._file.seek(self._offsets[name + _COUNTS] + 4 * matrix)
             self._file.write(np.float32(count).tobytes())
         except OSError as error:
-            raise self._error(error) from error
+            raise self._output_error(error) from error
         if matrix == prod(shape[:-2]) - 1:
             self._missing -= {name, name + _COUNTS}
 
@@ -106,7 +101,7 @@ class HessianWriter:
                 self._file.close()
                 os.replace(self._temporary, self.path)
             except OSError as error:
-                raise self._error(error) from error
+                raise self._output_error(error) from error
         finally:
             self.abort()
 
@@ -120,25 +115,6 @@ class HessianWriter:
 
     def __enter__(self) -> HessianWriter:
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
-
-    def _check_target(self) -> None:
-        if self.path.is_dir():
-            raise OutputError("is a folder", file=self.path)
-        if not self.path.parent.is_dir():
-            raise OutputError("its folder does not exist", file=self.path)
-        if self.path.exists() and not self.overwrite:
-            raise OutputError("exists already", file=self.path)
-
-    def _error(self, error: OSError) -> OutputError:
-        return OutputError(error.strerror or str(error), file=self.path)
 
 
 class Hessians:
