@@ -80,6 +80,8 @@ class ModelWriter(Target):
         self.encoder = encoder if encoder is not None else f"ccq {__version__}"
         self.gguf: gguf.GGUFWriter = _GgufWriter(None, arch)
         """Takes metadata: every ``add_*`` call of ``gguf.GGUFWriter``.  Leave tensors and files to this class."""
+        self.header_bytes = 0
+        """Bytes before the first tensor, padding included; known after :meth:`begin`."""
         self._sizes: dict[str, tuple[GGMLQuantizationType, int]] = {}
         self._order: list[str] = []
         self._current = 0
@@ -147,6 +149,7 @@ class ModelWriter(Target):
             self.gguf.write_kv_data_to_file()
             self.gguf.write_ti_data_to_file()
             self.gguf.write_padding(self._file, self._file.tell())
+            self.header_bytes = self._file.tell()
         except OSError as error:
             raise self._output_error(error) from error
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -16,6 +18,7 @@ from ccq_format import layouts
 from ccq_format.errors import CcqError, ImportanceError
 from ccq_format.gguf_io import Model, ModelWriter
 
+from .allocate import Overhead, allocate
 from .encode import check_weights, encode_rows, rows_of_importance
 from .feedback import Factors, encode_with_feedback, factorize
 from .hessian import Hessians
@@ -52,7 +55,10 @@ def write_model(
 
     Raises ``PlanError``, ``WeightsError`` and ``ImportanceError`` (naming the tensor) and ``OutputError``.
     """
-    plan = make_plan(sources, options)
+    if options.type is not None:
+        plan = make_plan(sources, options)
+    else:
+        plan = _allocated_plan(arch, set_metadata, sources, options, progress, copy_from)
     warning = plan.warning()
     if warning:
         log.warning(warning)
@@ -140,14 +146,7 @@ def write_planned(
 ) -> None:
     """Write what ``plan`` says; the arguments are those of :func:`write_model`."""
     with ModelWriter(out_path, arch, overwrite=options.overwrite) as writer:
-        if copy_from is not None:
-            writer.copy_metadata(copy_from)
-        if set_metadata is not None:
-            set_metadata(writer.gguf)
-        if options.imatrix is not None and any(is_ccq(t.type) for t in plan.tensors):
-            _note_importance(writer.gguf, options.imatrix)
-        for tensor in plan.tensors:
-            writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
+        _declare(writer, plan, options, set_metadata, copy_from)
         writer.begin()
         with progress_bar(progress) as bar:
             task = bar.add_task("", total=plan.n_weights)
@@ -156,6 +155,54 @@ def write_planned(
                 for data, weights in encoded_rows(tensor, options):
                     writer.write(tensor.source.name, data)
                     bar.advance(task, weights)
+
+
+def _declare(
+    writer: ModelWriter,
+    plan: Plan,
+    options: QuantOptions,
+    set_metadata: Callable[[gguf.GGUFWriter], None] | None,
+    copy_from: Model | None,
+) -> None:
+    """Give the writer its metadata and tensors."""
+    if copy_from is not None:
+        writer.copy_metadata(copy_from)
+    if set_metadata is not None:
+        set_metadata(writer.gguf)
+    if options.imatrix is not None and any(is_ccq(t.type) for t in plan.tensors):
+        _note_importance(writer.gguf, options.imatrix)
+    for tensor in plan.tensors:
+        writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
+
+
+def _allocated_plan(
+    arch: str,
+    set_metadata: Callable[[gguf.GGUFWriter], None] | None,
+    sources: list[TensorSource],
+    options: QuantOptions,
+    progress: bool,
+    copy_from: Model | None,
+) -> Plan:
+    """The plan for a target size, with a progress bar while losses are measured."""
+    overhead = None
+    if options.target_size is not None:
+        # The header has the same size whichever T types the tensors have: write it and look.
+        like = make_plan(sources, replace(options, type="ccq_t2", target_size=None))
+        with tempfile.TemporaryDirectory() as folder:
+            writer = ModelWriter(os.path.join(folder, "header.gguf"), arch)
+            try:
+                _declare(writer, like, options, set_metadata, copy_from)
+                writer.begin()
+            finally:
+                writer.abort()
+        overhead = Overhead(writer.header_bytes, writer.gguf.data_alignment)
+    with progress_bar(progress) as bar:
+        task = bar.add_task("", total=sum(len(s.shape) > 1 for s in sources))
+
+        def advance(name: str) -> None:
+            bar.update(task, description=f"measuring {name}", advance=1)
+
+        return allocate(sources, options, overhead, advance)
 
 
 def _note_importance(writer: gguf.GGUFWriter, importance: Importance) -> None:
