@@ -168,7 +168,7 @@ def measure(source: TensorSource, options: QuantOptions) -> Choices:
     types = tuple(name for name in LADDER if source.row_len % block(name)[0] == 0)
     per_matrix = source.rows // source.matrices
     count = min(source.rows, max(1, SAMPLE // source.row_len))
-    rows = (2 * np.arange(count, dtype=np.int64) + 1) * source.rows // (2 * count)  # evenly spread
+    rows = _spread(source.rows, count)
     x = source.load_rows(0, source.rows) if count == source.rows else _rows(source, rows)
     check_weights(x, "f32", source.name)
     matrix = rows // per_matrix
@@ -179,17 +179,26 @@ def measure(source: TensorSource, options: QuantOptions) -> Choices:
             importance = importance[matrix]
     power, row_weights, total = _error_weights(source, options, rows)
 
-    def weighted(square: F32) -> float:
-        inner = np.einsum("rj,rj->r", square, power[matrix], dtype=np.float64)
-        return float(row_weights @ inner)
+    def weighted(errors: F32) -> float:
+        return float(row_weights @ np.einsum("rj,rj->r", np.square(errors, dtype=np.float64), power[matrix]))
 
-    scale = total if total is not None else _reciprocal(weighted(np.square(x)))
+    scale = total if total is not None else _reciprocal(weighted(x))
     losses = []
     for name in types:
         error = _decoded(name, encode_rows(name, x, importance, options.threads, "fast")) - x
-        losses.append(scale * weighted(np.square(error)))
+        losses.append(scale * weighted(error))
     nbytes = tuple(source.rows * row_bytes(name, source.row_len) for name in types)
     return Choices(source, types, nbytes, tuple(losses))
+
+
+def _spread(n: int, count: int) -> NDArray[np.int64]:
+    """``count`` of the numbers below ``n``, increasing: one of each ``count``-th part, by chance but always the same.
+
+    An even step would meet only some of the rows that repeat with a head's size or come in pairs (rotary embedding).
+    """
+    bounds = np.arange(count + 1, dtype=np.int64) * n // count
+    places = np.random.default_rng(0).random(count) * np.diff(bounds)
+    return bounds[:-1] + places.astype(np.int64)
 
 
 def _rows(source: TensorSource, rows: NDArray[np.int64]) -> F32:

@@ -23,7 +23,7 @@ from .encode import check_weights, encode_rows, rows_of_importance
 from .feedback import Factors, encode_with_feedback, factorize
 from .hessian import Hessians
 from .imatrix import Importance, provenance
-from .plan import Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, is_ccq, make_plan
+from .plan import VOCABULARY, Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, is_ccq, make_plan
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def check_importance(plan: Plan, importance: Importance) -> None:
 
     Raises ``ImportanceError`` if no tensor has an entry, or if an entry has another shape than its tensor.
     """
-    wanted = {t.source.name: t.source for t in plan.tensors if is_ccq(t.type)}
+    wanted = {t.source.name: t.source for t in plan.tensors if _wants_data(t)}
     found = {name: source.matrices for name, source in wanted.items() if name in importance}
     if not wanted:
         log.warning("%s: not used, because no tensor gets a CCQ type", importance.file)
@@ -113,12 +113,18 @@ def check_importance(plan: Plan, importance: Importance) -> None:
         log.warning(report)
 
 
+def _wants_data(tensor: PlannedTensor) -> bool:
+    """Whether a tensor without data is worth a warning: not an embedding, whose rows are looked up, nor the output
+    matrix, which is left out of the data by default."""
+    return is_ccq(tensor.type) and not VOCABULARY.search(tensor.source.name)
+
+
 def check_hessians(plan: Plan, hessians: Hessians) -> None:
     """Match a Hessian file with the tensors that get a CCQ type: warn of those without a Hessian (one line).
 
     Raises ``ImportanceError`` if no tensor has one.
     """
-    wanted = [t.source.name for t in plan.tensors if is_ccq(t.type)]
+    wanted = [t.source.name for t in plan.tensors if _wants_data(t)]
     missing = [name for name in wanted if name not in hessians]
     if not wanted:
         log.warning("%s: not used, because no tensor gets a CCQ type", hessians.file)
