@@ -17,13 +17,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from ccq_format import layouts
-from ccq_format.errors import PlanError
+from ccq_format.errors import PlanError, WeightsError
 
 from .encode import check_weights, encode_rows
 from .imatrix import Importance
@@ -185,6 +186,11 @@ def measure(source: TensorSource, options: QuantOptions) -> Choices:
     scale = total if total is not None else _reciprocal(weighted(x))
     losses = []
     for name in types:
+        try:
+            check_weights(x, name, source.name)
+        except WeightsError:  # too large for its scales
+            losses.append(inf)
+            continue
         error = _decoded(name, encode_rows(name, x, importance, options.threads, "fast")) - x
         losses.append(scale * weighted(error))
     nbytes = tuple(source.rows * row_bytes(name, source.row_len) for name in types)
@@ -241,9 +247,7 @@ def _decoded(name: str, blocks: NDArray[np.uint8]) -> F32:
 
         weights: F32 = ccq_backend.decode(layouts.by_name(name), blocks)
         return weights
-    # A scale too large for a float16 gives infinite weights and so an infinite loss.
-    with np.errstate(all="ignore"):
-        return np.asarray(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name.upper()]), np.float32)
+    return np.asarray(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name.upper()]), np.float32)
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ class Mixture:
 MIXTURES = {
     mixture.name: mixture
     for mixture in (
-        Mixture("ccq_t1_5_m", "ccq_t1_5", "ccq_t2", "q4_0"),
-        Mixture("ccq_t2_m", "ccq_t2", "ccq_t2_5", "q5_0"),
-        Mixture("ccq_t2_5_m", "ccq_t2_5", "ccq_t3", "q5_0"),
+        Mixture("ccq_t1_5_m", "ccq_t1_5", "ccq_t2", "ccq_t3"),
+        Mixture("ccq_t2_m", "ccq_t2", "ccq_t2_5", "ccq_t3"),
+        Mixture("ccq_t2_5_m", "ccq_t2_5", "ccq_t3", "q4_0"),
         Mixture("ccq_t3_m", "ccq_t3", "ccq_t3", "q5_0"),
     )
 }
@@ -84,13 +84,11 @@ class MixtureScheme:
     def _steps(self, name: str) -> tuple[int, str]:
         many = self.experts >= 4
         if _VALUE.search(name):
-            if many:
-                return 2, "attention V beside experts"
-            return (2, f"attention V for {self.shared_heads} heads") if self.shared_heads >= 4 else (1, "attention V")
+            return (2, "small attention V") if many or self.shared_heads > 1 else (1, "attention V")
         if _OUT.search(name):
-            return (2, "attention output beside experts") if many else (1, "attention output")
-        if _KEY.search(name) and many:
-            return 2, "attention K beside experts"
+            return (2, "small attention output") if many else (1, "attention output")
+        if _KEY.search(name) and (many or self.shared_heads > 1):
+            return (2 if many else 1), "small attention K"
         if _SHARED_EXPERT.search(name):
             return 1, "shared expert"
         layer = _LAYER.search(name)
