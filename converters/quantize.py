@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -35,7 +36,15 @@ def quantize(
         raise OutputError("input and output are the same file", file=out_path)
     refuse_parts(model)
     sources = sources_of(model)
-    return write_model(out_path, arch=model.arch, sources=sources, options=options, progress=progress, copy_from=model)
+    return write_model(
+        out_path,
+        arch=model.arch,
+        sources=sources,
+        options=options,
+        progress=progress,
+        copy_from=model,
+        files=[Path(in_path)],
+    )
 
 
 def refuse_parts(model: Model) -> None:
