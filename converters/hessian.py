@@ -2,6 +2,7 @@
 
 A safetensors file.  Tensor ``NAME`` (a GGUF name): float32 ``[row_len, row_len]``, summed over all inputs, for a stack
 of experts ``[experts, row_len, row_len]``; ``NAME.counts``: float32 ``[1]`` or ``[experts]``, the number of inputs.
+Encoding with a Hessian takes ``8 row_len^2`` bytes of memory and a little: 0.72 GB in all at a row length of 8192.
 Matrices with the same inputs (query, key and value; gate and up) share one tensor: the metadata entry ``ccq.shared``
 is a JSON object from each name to the name that is stored.  ``ccq.hessian`` is the version of this layout, ``1``.
 """

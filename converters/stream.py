@@ -258,6 +258,7 @@ def _rows_with_feedback(
             x = source.load_rows(start, stop)
             check_weights(x, tensor.type, source.name)
             yield encode_with_feedback(x, factors, threads, effort), (stop - start) * source.row_len
+        del factors  # before the next ones are computed
 
 
 def _factors(tensor: PlannedTensor, hessians: Hessians, matrix: int) -> Factors:
