@@ -476,6 +476,19 @@ def test_only_what_is_there_is_trusted(
     assert names(folder) == ["o.gguf"]
 
 
+def test_torn_journal_grows_again(source: Path, folder: Path, calls: Calls, tmp_path: Path) -> None:
+    """What follows the line that a loss of power has torn is found by the run after the next."""
+    expected, before = whole(source, tmp_path), interrupt(source, folder, calls)
+    cut(JOURNAL, lambda size: size - 1)(folder)
+    calls.restart(CALLS["blk.0.ffn_up.weight"] + 1)  # the fourth tensor once more, and a step of the fifth
+    assert isinstance(run(*command(source, folder)).exception, RuntimeError)
+    assert (folder / JOURNAL).read_bytes() == before[JOURNAL]
+    calls.restart()
+    assert run(*command(source, folder)).exit_code == 0
+    assert calls.count == CALLS["blk.0.ffn_down.weight"]
+    assert (folder / "o.gguf").read_bytes() == expected
+
+
 @pytest.mark.parametrize("text", [None, b"", b"{", b"[1]\n", b'{"ccq_partial": 2, "job": {}}\n', b"\xff\n"])
 def test_lost_journal(source: Path, folder: Path, calls: Calls, text: bytes | None) -> None:
     interrupt(source, folder, calls)
