@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ccq_format import layouts
+from ccq_format._partial import partial_path
 from ccq_format.errors import CcqError, ImportanceError
 from ccq_format.gguf_io import Model, ModelWriter
 
@@ -21,6 +23,7 @@ from .feedback import Factors, encode_with_feedback, factorize
 from .hessian import Hessians
 from .imatrix import Importance, provenance
 from .plan import Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, is_ccq, make_plan
+from .resume import job_of
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +46,15 @@ def write_model(
     options: QuantOptions,
     progress: bool = True,
     copy_from: Model | None = None,
+    files: Sequence[Path] = (),
 ) -> Plan:
     """Plan, encode and write a whole GGUF file; with ``options.dry_run`` only plan.
 
     ``arch`` is ``general.architecture``; all other keys are those of the file ``copy_from``, then those that
     ``set_metadata`` adds to the writer it is given.  The file appears under ``out_path`` only when it is complete; an
-    exception or an interrupt leaves none.  A progress bar goes to stderr if ``progress`` and if that is a terminal.
+    exception or an interrupt leaves none, but with ``options.resume`` what the next call goes on with; ``files`` are
+    then the files that the sources are read from.  A progress bar goes to stderr if ``progress`` and if that is a
+    terminal.
 
     Raises ``PlanError``, ``WeightsError`` and ``ImportanceError`` (naming the tensor) and ``OutputError``.
     """
@@ -70,6 +76,7 @@ def write_model(
         set_metadata=set_metadata,
         progress=progress,
         copy_from=copy_from,
+        files=files,
     )
     return plan
 
@@ -137,25 +144,45 @@ def write_planned(
     set_metadata: Callable[[gguf.GGUFWriter], None] | None = None,
     progress: bool = True,
     copy_from: Model | None = None,
+    files: Sequence[Path] = (),
 ) -> None:
     """Write what ``plan`` says; the arguments are those of :func:`write_model`."""
-    with ModelWriter(out_path, arch, overwrite=options.overwrite) as writer:
-        if copy_from is not None:
-            writer.copy_metadata(copy_from)
-        if set_metadata is not None:
-            set_metadata(writer.gguf)
-        if options.imatrix is not None and any(is_ccq(t.type) for t in plan.tensors):
-            _note_importance(writer.gguf, options.imatrix)
-        for tensor in plan.tensors:
-            writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
-        writer.begin()
-        with progress_bar(progress) as bar:
-            task = bar.add_task("", total=plan.n_weights)
-            for tensor in plan.tensors:
-                bar.update(task, description=tensor.source.name)
-                for data, weights in encoded_rows(tensor, options):
-                    writer.write(tensor.source.name, data)
-                    bar.advance(task, weights)
+    job = None
+    if options.resume:
+        job = job_of(options, files)
+    elif partial_path(out_path).exists():
+        log.warning("%s: left as it is; only --resume goes on with it", partial_path(out_path))
+    writer = ModelWriter(out_path, arch, overwrite=options.overwrite, job=job)
+    try:
+        with writer:
+            if copy_from is not None:
+                writer.copy_metadata(copy_from)
+            if set_metadata is not None:
+                set_metadata(writer.gguf)
+            if options.imatrix is not None and any(is_ccq(t.type) for t in plan.tensors):
+                _note_importance(writer.gguf, options.imatrix)
+            _write_tensors(writer, plan, options, progress)
+    except BaseException as error:
+        if writer.kept:
+            kept = f"{writer.kept} of {len(plan.tensors)} tensors are kept; the same command goes on from there"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(kept) from None
+            log.warning("%s: %s", partial_path(out_path), kept)
+        raise
+
+
+def _write_tensors(writer: ModelWriter, plan: Plan, options: QuantOptions, progress: bool) -> None:
+    for tensor in plan.tensors:
+        writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
+    writer.begin()
+    done, left = plan.tensors[: writer.completed], plan.tensors[writer.completed :]
+    with progress_bar(progress) as bar:
+        task = bar.add_task("", total=plan.n_weights, completed=sum(t.source.n_weights for t in done))
+        for tensor in left:
+            bar.update(task, description=tensor.source.name)
+            for data, weights in encoded_rows(tensor, options):
+                writer.write(tensor.source.name, data)
+                bar.advance(task, weights)
 
 
 def _note_importance(writer: gguf.GGUFWriter, importance: Importance) -> None:
@@ -231,12 +258,14 @@ def _rows_with_feedback(
             x = source.load_rows(start, stop)
             check_weights(x, tensor.type, source.name)
             yield encode_with_feedback(x, factors, threads, effort), (stop - start) * source.row_len
+        del factors  # before the next ones are computed
 
 
 def _factors(tensor: PlannedTensor, hessians: Hessians, matrix: int) -> Factors:
     source = tensor.source
-    product, count = hessians.product(source.name, source.matrices, source.row_len, matrix)
+    # In float64 from the start, and in place: 8 n^2 bytes are all that a row length of n needs.
+    product, count = hessians.product(source.name, source.matrices, source.row_len, matrix, dtype=np.float64)
     try:
-        return factorize(product, layouts.by_name(tensor.type), count=count)
+        return factorize(product, layouts.by_name(tensor.type), count=count, overwrite=True)
     except ImportanceError as error:
         raise ImportanceError(error.reason, file=hessians.file, tensor=source.name) from error
