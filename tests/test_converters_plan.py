@@ -181,3 +181,11 @@ def test_weights_must_fit_f16() -> None:
     check_weights(x * 126, "q8_0", "w")
     with pytest.raises(WeightsError, match="too large for q8_0"):
         check_weights(x * 128, "q8_0", "w")
+
+
+@pytest.mark.parametrize("name", ["ccq_t1_5", "ccq_t2", "ccq_t2_5", "ccq_t3"])
+def test_weights_must_fit_the_largest_scale(name: str) -> None:
+    x = np.full((1, 64), 3810, np.float32)  # 127 * 30
+    check_weights(x, name, "w")
+    with pytest.raises(WeightsError, match=f"3811 is too large for {name}"):
+        check_weights(x + 1, name, "w")
