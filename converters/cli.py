@@ -207,8 +207,8 @@ def quantize(in_file: Path, **settings: Any) -> None:
 @click.option(
     "--gradients",
     is_flag=True,
-    help="Also measure how much the outputs of each matrix matter to the model's predictions: takes three times as "
-    "long, and 4 bytes of memory or disk per token, hidden channel and layer.",
+    help="Also measure how much the outputs of each matrix matter to the model's predictions: takes three to four "
+    "times as long, and 4 bytes of memory or disk per token, hidden channel and layer.",
 )
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
