@@ -159,12 +159,17 @@ def _stacked(segments: list[tuple[StoredTensor, int, int]]) -> LoadRows:
     return load
 
 
-def _interleaved(load: LoadRows, shape: tuple[int, ...], heads: int) -> LoadRows:
-    """Reorder each head's rows (a bias: its values) from halves ``0 .. d/2-1, d/2 .. d-1`` to ``0, d/2, 1, d/2+1 ..``.
+def row_order(rows: int, heads: int) -> NDArray[np.int64]:
+    """The rows of a query or key matrix in GGUF's order: within each of ``heads`` heads, ``0, d/2, 1, d/2+1 ..``.
 
     Transformers rotates value i of a head together with value i + d/2, llama.cpp's ``llama`` with its neighbour.
     """
-    order = np.arange(shape[0]).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def _interleaved(load: LoadRows, shape: tuple[int, ...], heads: int) -> LoadRows:
+    """Rows (of a bias: values) in the order of :func:`row_order`."""
+    order = row_order(shape[0], heads)
 
     def load_rows(start: int, stop: int) -> NDArray[np.float32]:
         wanted = order[start:stop]

@@ -10,6 +10,10 @@ tensors per matrix, ``NAME.in_sum2`` and ``NAME.counts``, and the keys ``general
 number of entries; per entry int32 length and bytes of the name, int32 n, int32 number of values, as many f32 (mean
 square times n); then, optionally, int32 number of chunks, int32 length and bytes of the dataset's name.  It has no
 counts per expert: an expert that was never hit has the mean square 1 in every channel.
+
+Files of ``ccq-convert calibrate --gradients`` have a third tensor per matrix, ``NAME.out_grad2``, f32
+``[matrices, rows]``: for each of its outputs, rows in the order of the model's GGUF file, the sum over the same tokens
+of the squared gradient that ``backward`` defines.  llama.cpp passes over it.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from numpy.typing import NDArray
 from ccq_format.errors import ImportanceError
 from ccq_format.gguf_io import ModelWriter, open_model
 
-_SUMS, _COUNTS = ".in_sum2", ".counts"
+_SUMS, _COUNTS, _GRADIENTS = ".in_sum2", ".counts", ".out_grad2"
 
 RARE = 32
 """An expert hit by fewer tokens than this counts as rarely hit; also the weight, in tokens, of the mean over all
@@ -44,10 +48,12 @@ _TINY = 1e-37
 @dataclass(frozen=True)
 class Entry:
     """Sums of squares of a matrix's inputs: float32 ``[matrices * row_len]``, and float64 ``[1]`` or ``[matrices]``
-    numbers of inputs."""
+    numbers of inputs; ``gradients``, where they were measured: sums of squares of its outputs' gradients, float32
+    ``[matrices * rows]``."""
 
     sums: NDArray[np.float32]
     counts: NDArray[np.float64]
+    gradients: NDArray[np.float32] | None = None
 
     def hits(self, n_matrices: int) -> NDArray[np.float64]:
         """Inputs of each matrix, float64 ``[n_matrices]``.  One common count is all that there is for some entries;
@@ -112,6 +118,48 @@ class Importance:
         out = np.clip(mean, _TINY, None).astype(np.float32)
         return out[0] if len(out) == 1 else out
 
+    def input_power(self, name: str, n_matrices: int, row_len: int) -> NDArray[np.float32] | None:
+        """Second moments of the inputs of the tensor ``name``: float32 ``[n_matrices, row_len]``, of each matrix the
+        mean of ``x_j^2`` over the tokens that it was given (an expert: that were routed to it).  ``None`` if there is
+        no entry.
+
+        Other than :meth:`for_tensor` as they were measured, so 0 for an expert that was never hit: with
+        :meth:`output_gradients` G, ``1/2 sum_mij G[m, i] * H[m, j] * E[m, i, j]^2`` is the KL divergence, in nats per
+        token of the text, to be expected of small errors E of the weights (see ``backward``).
+
+        Raises ``ImportanceError`` if the entry has another shape.
+        """
+        if name not in self.entries:
+            return None
+        self.check(name, n_matrices, row_len)
+        entry = self.entries[name]
+        sums = entry.sums.reshape(-1, row_len).astype(np.float64)
+        counts = entry.hits(len(sums))[:, None]
+        mean = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+        return np.array(np.broadcast_to(mean, (n_matrices, row_len)), np.float32)
+
+    def output_gradients(self, name: str, n_matrices: int, rows: int) -> NDArray[np.float32] | None:
+        """How much the outputs of the tensor ``name`` matter: float32 ``[n_matrices, rows]``, rows as in the model's
+        GGUF file, the sum of ``g_i^2`` divided by the number of all tokens of the text, of which an expert is given
+        only some.  ``None`` if the file has none.
+
+        Raises ``ImportanceError`` if there is another number of them.
+        """
+        entry = self.entries.get(name)
+        if entry is None or entry.gradients is None:
+            return None
+        if entry.gradients.size != n_matrices * rows:
+            raise ImportanceError(
+                f"has the gradients of {entry.gradients.size} outputs, the model's tensor has {n_matrices} x {rows}: "
+                "the file was made for another model",
+                file=self.file,
+                tensor=name,
+            )
+        tokens = self.chunk_count * self.chunk_size
+        if not tokens:
+            raise ImportanceError("has gradients, but not the number of tokens", file=self.file, tensor=name)
+        return (entry.gradients.astype(np.float64) / tokens).astype(np.float32).reshape(n_matrices, rows)
+
     def expert_report(self, tensors: Mapping[str, int]) -> str | None:
         """One line about experts that the calibration text hit rarely or never, ``None`` if there is none.
 
@@ -164,13 +212,20 @@ def _check_values(file: str, name: str, entry: Entry) -> None:
     silent = entry.counts == 0
     if silent.any() and entry.sums.reshape(entry.counts.size, -1)[silent].any():
         raise bad("has sums of squares but a count of 0")
+    gradients = entry.gradients
+    if gradients is None:
+        return
+    if gradients.size == 0 or gradients.size % entry.counts.size:
+        raise bad(f"the gradients of {gradients.size} outputs do not fit {entry.counts.size} counts")
+    if not (np.isfinite(gradients.max()) and gradients.min() >= 0):
+        raise bad("a sum of squares of gradients is negative, NaN or infinite")
 
 
 def _load_gguf(file: str) -> Importance:
     model = open_model(file)
     pairs: dict[str, dict[str, NDArray[np.float32]]] = {}
     for tensor in model.tensors:
-        for suffix in (_SUMS, _COUNTS):
+        for suffix in (_SUMS, _COUNTS, _GRADIENTS):
             if tensor.name.endswith(suffix) and tensor.name != suffix:
                 if tensor.type_name != "f32":
                     raise ImportanceError(f"is {tensor.type_name}, not f32", file=file, tensor=tensor.name)
@@ -183,7 +238,7 @@ def _load_gguf(file: str) -> Importance:
         for suffix in (_SUMS, _COUNTS):
             if suffix not in found:
                 raise ImportanceError(f"has no tensor '{name}{suffix}'", file=file, tensor=name)
-        entries[name] = Entry(found[_SUMS], found[_COUNTS].astype(np.float64))
+        entries[name] = Entry(found[_SUMS], found[_COUNTS].astype(np.float64), found.get(_GRADIENTS))
     datasets = model.metadata.get("imatrix.datasets", [])
     if not isinstance(datasets, list) or not all(isinstance(text, str) for text in datasets):
         raise ImportanceError("imatrix.datasets is no list of texts", file=file)
@@ -269,7 +324,10 @@ def fill(writer: ModelWriter, importance: Importance) -> None:
     for name, entry in sorted(importance.entries.items()):
         sums = entry.sums.reshape(entry.counts.size, -1)
         counts = entry.counts.astype(np.float32)[:, None]
-        for suffix, array in ((_SUMS, sums), (_COUNTS, counts)):
+        parts = [(_SUMS, sums), (_COUNTS, counts)]
+        if entry.gradients is not None:
+            parts.append((_GRADIENTS, entry.gradients.reshape(entry.counts.size, -1)))
+        for suffix, array in parts:
             writer.add_tensor(name + suffix, "f32", array.shape)
             arrays.append((name + suffix, array))
     writer.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -15,8 +16,8 @@ from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from ccq_converters import backward, forward, imatrix
 from ccq_converters import calibrate as module
-from ccq_converters import imatrix
 from ccq_converters.arch import family_of
 from ccq_converters.calibrate import CalibrationOptions, calibrate, load_windows
 from ccq_converters.cli import main
@@ -24,6 +25,7 @@ from ccq_converters.hessian import Hessians
 from ccq_converters.hf2gguf import convert
 from ccq_converters.plan import QuantOptions
 from ccq_format.errors import EvalError, ImportanceError, ModelError, OutputError
+from ccq_format.gguf_io import open_model
 
 from .upstream_diff.models import CASES, EXAMPLE, MOE, QWEN_MOE, Case, build, save_bpe
 
@@ -48,6 +50,8 @@ NAMES = {
     "mlp.down_proj": ("ffn_down",),
     "mlp.gate": ("ffn_gate_inp",),
 }
+LINEARS = {"self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "mlp.up_proj": "ffn_up"}
+LINEARS.update({module: names[0] for module, names in NAMES.items()})
 
 
 def plain_forward(folder: Path, windows: np.ndarray) -> dict[str, list[np.ndarray]]:
@@ -88,6 +92,182 @@ def plain_forward(folder: Path, windows: np.ndarray) -> dict[str, list[np.ndarra
     return seen
 
 
+def plain_gradients(folder: Path, windows: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """By autograd through the whole model at once: sums of the squares of all outputs' gradients ``[matrices, rows]``,
+    rows as in transformers, and the gradients of the hidden states that enter each layer."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager", local_files_only=True
+    )
+    outputs: dict[str, dict[int, torch.Tensor]] = {}
+    entering: list[torch.Tensor] = []
+
+    def keep(name: str, y: torch.Tensor, matrix: int = 0) -> torch.Tensor:
+        y.retain_grad()
+        outputs.setdefault(name, {})[matrix] = y
+        return y
+
+    def experts(layer: int, module: torch.nn.Module, x: torch.Tensor, index: torch.Tensor, shares: torch.Tensor):
+        out = torch.zeros_like(x)
+        for expert, (both, down) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
+            tokens, slot = torch.where(index == expert)
+            if len(tokens) == 0:
+                continue
+            w_gate, w_up = both.chunk(2)
+            gate = keep(f"blk.{layer}.ffn_gate_exps.weight", x[tokens] @ w_gate.T, expert)
+            up = keep(f"blk.{layer}.ffn_up_exps.weight", x[tokens] @ w_up.T, expert)
+            y = keep(f"blk.{layer}.ffn_down_exps.weight", (torch.nn.functional.silu(gate) * up) @ down.T, expert)
+            out = out.index_add(0, tokens, y * shares[tokens, slot, None])
+        return out
+
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda _m, args: (args[0].retain_grad(), entering.append(args[0]), None)[-1])
+        for name, ours in LINEARS.items():
+            try:
+                part = layer.get_submodule(name)
+            except AttributeError:
+                continue
+            full = f"blk.{number}.{ours}.weight"
+            part.register_forward_hook(
+                lambda _m, _a, y, full=full: (keep(full, y[0] if isinstance(y, tuple) else y), None)[-1]
+            )
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.forward = functools.partial(experts, number, layer.mlp.experts)
+    logits = model(torch.from_numpy(windows)).logits.reshape(windows.size, -1)
+    p = logits.detach().softmax(-1)
+    labels = backward.draw(p, torch.from_numpy(np.random.default_rng(backward._SEED).random(windows.size)))
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    sums = {}
+    for name, by_matrix in outputs.items():
+        moe = "_exps" in name
+        matrices = len(model.model.layers[0].mlp.experts.down_proj) if moe else 1
+        rows = by_matrix[min(by_matrix)].shape[-1]
+        sums[name] = np.zeros((matrices, rows))
+        for matrix, y in by_matrix.items():
+            sums[name][matrix] = y.grad.reshape(-1, rows).double().square().sum(0)
+    p = p.double()  # over all labels instead of the one that was drawn: other labels, and the output's own
+    output = "token_embd.weight" if model.config.tie_word_embeddings else "output.weight"
+    sums[output] = ((1 - p) * p**2 + p * (p - 1) ** 2).sum(0)[None].numpy()
+    return sums, [x.grad.numpy() for x in entering]
+
+
+def rows_in_gguf(folder: Path, path: Path) -> dict[str, np.ndarray]:
+    """For each query and key matrix, where its rows in the converted model come from."""
+    convert(folder, path, QuantOptions("f32"), progress=False)
+    converted = open_model(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    out = {}
+    for number, layer in enumerate(model.model.layers):
+        for name, part in (("attn_q", layer.self_attn.q_proj), ("attn_k", layer.self_attn.k_proj)):
+            rows = {row.tobytes(): at for at, row in enumerate(part.weight.detach().numpy())}
+            name = f"blk.{number}.{name}.weight"
+            out[name] = np.array([rows[row.tobytes()] for row in converted.tensor(name).dequantize()])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("case", "in_file"),
+    [*((case, False) for case in MODELS), (MODELS[0], True), (MODELS[3], True)],
+    ids=lambda value: value.name if isinstance(value, Case) else ("file" if value else "memory"),
+)
+def test_gradients_are_those_of_the_whole_model(
+    case: Case, in_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several batches, the last one smaller; hidden states in memory or in a file; and those between layers."""
+    folder = small(case, tmp_path / "model")
+    monkeypatch.setattr(forward, "BATCH", 2 * CTX)
+    monkeypatch.setattr(backward, "_LOGITS", 50_000)
+    if in_file:
+        monkeypatch.setattr(forward, "IN_MEMORY", 0)
+    entering: list[np.ndarray] = []
+    original = backward.BackwardPass._layer
+
+    def watched(self: backward.BackwardPass, index: int, advance: object) -> None:
+        original(self, index, advance)  # type: ignore[arg-type]
+        entering.insert(0, self.forward.hidden.numpy().copy())
+
+    monkeypatch.setattr(backward.BackwardPass, "_layer", watched)
+    out = tmp_path / "i.gguf"
+    options = CalibrationOptions(ctx=CTX, chunks=CHUNKS, threads=1, process_output=True, gradients=True)
+    calibrate(folder, HELDOUT, out, options, progress=False)
+    windows = load_windows(folder, family_of(folder), HELDOUT, CTX, CHUNKS)
+    expected, expected_entering = plain_gradients(folder, windows)
+    order = rows_in_gguf(folder, tmp_path / "model.gguf")
+    permuted = case.family in ("llama", "mixtral")
+    got = imatrix.load(out)
+    assert set(got.entries) == set(expected)
+    for ours, theirs in zip(entering, expected_entering, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    for name, sums in expected.items():
+        if name in order:
+            assert (order[name] != np.arange(sums.shape[1])).any() == permuted
+            sums = sums[:, order[name]]
+        result = got.output_gradients(name, *sums.shape)
+        assert result is not None
+        np.testing.assert_allclose(result, sums / windows.size, rtol=1e-4, atol=1e-6 * sums.max() / windows.size)
+
+
+@pytest.mark.parametrize(
+    ("case", "chunks", "within"), [(None, 8, 0.2), (MODELS[3], 16, 0.15)], ids=["bundled", "mixtral"]
+)
+def test_gradients_predict_the_divergence(case: Case | None, chunks: int, within: float, tmp_path: Path) -> None:
+    """Noise on one matrix at a time changes the predictions as ``1/2 sum G H E^2`` says, in nats per token.
+
+    Of the mixture the last layer's: what comes before a router can make it choose other experts; no gradient sees that.
+    """
+    folder = EXAMPLE if case is None else small(case, tmp_path / "model")
+    ctx = 128
+    options = CalibrationOptions(ctx=ctx, chunks=chunks, threads=1, process_output=True, gradients=True)
+    importance = calibrate(folder, HELDOUT, tmp_path / "i.gguf", options, progress=False)
+    windows = torch.from_numpy(load_windows(folder, family_of(folder), HELDOUT, ctx, chunks))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    layers = model.model.layers
+    if case is None:
+        parts = {
+            "blk.1.attn_q.weight": layers[1].self_attn.q_proj.weight,
+            "blk.0.attn_output.weight": layers[0].self_attn.o_proj.weight,
+            "blk.1.ffn_up.weight": layers[1].mlp.up_proj.weight,
+            "blk.3.ffn_down.weight": layers[3].mlp.down_proj.weight,
+        }
+    else:
+        parts = {
+            "blk.1.ffn_gate_exps.weight": layers[1].mlp.experts.gate_up_proj[:, :96],
+            "blk.1.ffn_down_exps.weight": layers[1].mlp.experts.down_proj,
+            "blk.1.ffn_up_exps.weight": layers[1].mlp.experts.gate_up_proj[:, 96:],
+            "output.weight": model.lm_head.weight,
+        }
+
+    def log_probabilities() -> torch.Tensor:
+        with torch.no_grad():
+            return model(windows).logits.double().log_softmax(-1)
+
+    base = log_probabilities()
+    for name, weight in parts.items():
+        shape = weight.shape if weight.dim() == 3 else (1, *weight.shape)
+        gradients = importance.output_gradients(name, *shape[:2])
+        inputs = importance.input_power(name, shape[0], shape[2])
+        assert gradients is not None
+        assert inputs is not None
+        torch.manual_seed(3)
+        with torch.no_grad():
+            noise = torch.randn(weight.shape) * weight.std() * (0.05 if case is None else 0.01)
+            error = noise.square().reshape(shape).numpy()  # as likely in any order of the rows
+            weight += noise
+            measured = float((base.exp() * (base - log_probabilities())).sum(-1).mean())
+            weight -= noise
+        predicted = 0.5 * float(np.einsum("mi,mj,mij->", gradients, inputs, error))
+        assert abs(measured / predicted - 1) < within, name
+
+
+def test_labels_are_drawn_with_their_probabilities() -> None:
+    p = torch.tensor([0.0, 0.1, 0.0, 0.25, 0.65, 0.0])
+    n = 20_000
+    uniform = torch.linspace(0, 1, n + 1, dtype=torch.float64)[:-1]
+    labels = backward.draw(p.expand(n, -1), uniform)
+    np.testing.assert_allclose(torch.bincount(labels, minlength=6) / n, p, atol=1e-4)
+    last = backward.draw(p[None], torch.tensor([1 - 2**-53], dtype=torch.float64))
+    assert last.tolist() == [4]
+
+
 def small(case: Case, folder: Path) -> Path:
     build(case, folder)
     return folder
@@ -103,9 +283,9 @@ def test_sums_and_products_are_those_of_a_full_forward(
 ) -> None:
     """Several batches, the last one smaller; hidden states in memory or in a file."""
     folder = small(case, tmp_path / "model")
-    monkeypatch.setattr(module, "_BATCH", 2 * CTX)
+    monkeypatch.setattr(forward, "BATCH", 2 * CTX)
     if in_file:
-        monkeypatch.setattr(module, "_IN_MEMORY", 0)
+        monkeypatch.setattr(forward, "IN_MEMORY", 0)
     out, products = tmp_path / "i.gguf", tmp_path / "h.safetensors"
     options = CalibrationOptions(ctx=CTX, chunks=CHUNKS, threads=1, process_output=True)
     calibrate(folder, HELDOUT, out, options, hessian=products, progress=False)
@@ -143,7 +323,7 @@ def test_an_unhit_expert_is_counted(tmp_path: Path) -> None:
     router[:] = 0.0
     router[:, 0] = [5.0, 4.0, 0.5, -0.5, -4.0, -5.0]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    result = run(folder, HELDOUT, tmp_path / "i.gguf", "--chunks", 2)
+    result = run(folder, HELDOUT, tmp_path / "i.gguf", "--chunks", 2, "--gradients")
     assert result.exit_code == 0, result.output
     importance = imatrix.load(tmp_path / "i.gguf")
     for name in ("gate", "up", "down"):
@@ -154,6 +334,13 @@ def test_an_unhit_expert_is_counted(tmp_path: Path) -> None:
         got = importance.for_tensor(f"blk.1.ffn_{name}_exps.weight", 6, entry.sums.size // 6)
         assert got is not None
         assert got.min() > 0
+        gradients = importance.output_gradients(f"blk.1.ffn_{name}_exps.weight", 6, 64 if name == "down" else 32)
+        inputs = importance.input_power(f"blk.1.ffn_{name}_exps.weight", 6, entry.sums.size // 6)
+        assert gradients is not None
+        assert inputs is not None
+        assert (
+            (gradients.max(axis=1) > 0).tolist() == (inputs.max(axis=1) > 0).tolist() == [n > 0 for n in entry.counts]
+        )
     assert "never hit 6 and hit" in result.stderr
 
 
@@ -265,15 +452,15 @@ def test_byte_level_tokenizers(tmp_path: Path) -> None:
 
 def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = small(MODELS[3], tmp_path / "model")
-    monkeypatch.setattr(module, "_IN_MEMORY", 0)
-    original, seen = module._Run._layer, []
+    monkeypatch.setattr(forward, "IN_MEMORY", 0)
+    original, seen = forward.ForwardPass._layer, []
 
-    def interrupted(self: module._Run, index: int, advance: object) -> None:
+    def interrupted(self: forward.ForwardPass, index: int, advance: object) -> None:
         original(self, index, advance)  # type: ignore[arg-type]
         seen.append(sorted(p.name for p in tmp_path.iterdir()))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Run, "_layer", interrupted)
+    monkeypatch.setattr(forward.ForwardPass, "_layer", interrupted)
     result = run(folder, HELDOUT, tmp_path / "i.gguf", "--hessian", tmp_path / "h.safetensors")
     assert result.exit_code == 130
     assert result.stderr.splitlines() == ["Interrupted; no file was written."]
