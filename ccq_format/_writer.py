@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.gguf_writer import WriterState
 
 from ._header import ALIGNMENT_KEY, ENCODER_KEY, MAX_NAME_BYTES, SPEC_VERSION_KEY
+from ._partial import DIGEST, Partial
 from ._target import Target
 from .errors import PlanError, ShapeError
 from .layouts import LAYOUTS, SPEC_VERSION
@@ -31,6 +35,10 @@ _NATIVE = {
     GGMLQuantizationType.I32: np.int32,
     GGMLQuantizationType.I64: np.int64,
 }
+
+
+_DIGESTED = ("the metadata", "the list of tensors and types")
+"""The parts of the header that must not have changed between two runs of a job."""
 
 
 class _GgufWriter(gguf.GGUFWriter):
@@ -61,15 +69,25 @@ class ModelWriter(Target):
             for rows in chunks:                      # uint8 [n, 68]
                 out.write("blk.0.ffn_up.weight", rows)
 
+    With a ``job`` an interrupted writer keeps what is complete, beside the target, and the next one with the same job,
+    metadata and tensors goes on there: after :meth:`begin` the first :attr:`completed` tensors are to be left out.
+
     A file with a CCQ tensor gets ``ccq.spec_version`` and ``ccq.encoder``; ``ccq.features`` is left out because no
     feature is in use.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], arch: str, *, overwrite: bool = False, encoder: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        arch: str,
+        *,
+        overwrite: bool = False,
+        encoder: str | None = None,
+        job: Mapping[str, str] | None = None,
     ) -> None:
         """``arch`` becomes ``general.architecture`` (an empty string leaves the key out); ``encoder`` is the value of
-        ``ccq.encoder``, by default this package's name and version.  No file is created before :meth:`begin`.
+        ``ccq.encoder``, by default this package's name and version; ``job`` is everything else that the tensors'
+        bytes depend on, as names and values for people.  No file is created before :meth:`begin`.
 
         Raises:
             OutputError: the target exists and ``overwrite`` is false, it is a folder, or its folder is missing.
@@ -82,11 +100,24 @@ class ModelWriter(Target):
         """Takes metadata: every ``add_*`` call of ``gguf.GGUFWriter``.  Leave tensors and files to this class."""
         self.header_bytes = 0
         """Bytes before the first tensor, padding included; known after :meth:`begin`."""
+        self._job = job
+        self._partial: Partial | None = None
+        self._file: BinaryIO | None = None
         self._sizes: dict[str, tuple[GGMLQuantizationType, int]] = {}
         self._order: list[str] = []
         self._current = 0
         self._written = 0
         self._state = "declaring"
+
+    @property
+    def completed(self) -> int:
+        """How many tensors, the first ones, are in the file."""
+        return self._current
+
+    @property
+    def kept(self) -> int:
+        """How many tensors an interrupted writer has left for the next one."""
+        return self._partial.done if self._partial is not None and self._state == "aborted" else 0
 
     # --- declaring --------------------------------------------------------------------------------------------------
 
@@ -137,19 +168,34 @@ class ModelWriter(Target):
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Write header, metadata and tensor list to the temporary file.  Raises ``OutputError``, ``ValueError``."""
+        """Write header, metadata and tensor list to the temporary file, or find them in what an earlier writer left.
+
+        Raises:
+            OutputError: the system refuses; what was left is of another job, damaged, or in use.
+            ValueError: :meth:`begin` was called already.
+        """
         if self._state != "declaring":
             raise ValueError("begin() was called already")
         if any(kind in _OURS for kind, _ in self._sizes.values()):
             self.gguf.add_string(SPEC_VERSION_KEY, "{}.{}".format(*SPEC_VERSION))
             self.gguf.add_string(ENCODER_KEY, self.encoder)
         self._state = "writing"
+        metadata, tensors = self._header()
+        header = metadata + tensors
+        header += self._padding(len(header))
+        self.header_bytes = len(header)
         try:
-            self.gguf.write_header_to_file(self._temporary)
-            self.gguf.write_kv_data_to_file()
-            self.gguf.write_ti_data_to_file()
-            self.gguf.write_padding(self._file, self._file.tell())
-            self.header_bytes = self._file.tell()
+            if self._job is not None:
+                digests = (DIGEST + hashlib.sha256(part).hexdigest() for part in (metadata, tensors))
+                job = {**self._job, "encoder": self.encoder, **dict(zip(_DIGESTED, digests, strict=True))}
+                self._partial = Partial(self.path, job)
+                sizes = [(name, size + len(self._padding(size))) for name, (_, size) in self._sizes.items()]
+                self._partial.open(header, sizes)
+                self._current = self._partial.done
+            else:
+                self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by close() and abort()
+                self._file.write(header)
+                self._file.flush()
         except OSError as error:
             raise self._output_error(error) from error
 
@@ -174,10 +220,12 @@ class ModelWriter(Target):
         if self._written + data.nbytes > nbytes:
             raise ValueError(f"tensor '{name}': {self._written + data.nbytes} bytes written, it has {nbytes}")
         try:
-            self._file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+            self._put(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
             self._written += data.nbytes
             if self._written == nbytes:
-                self.gguf.write_padding(self._file, nbytes)
+                self._put(self._padding(nbytes))
+                if self._partial is not None:
+                    self._partial.complete(name)
                 self._current += 1
                 self._written = 0
         except OSError as error:
@@ -190,7 +238,7 @@ class ModelWriter(Target):
             OutputError: the target has appeared meanwhile and ``overwrite`` is false, or the system refuses.
             ValueError: a tensor is incomplete.
         """
-        if self._state == "closed":
+        if self._state in ("closed", "aborted"):
             return
         try:
             if self._state == "declaring":
@@ -199,10 +247,15 @@ class ModelWriter(Target):
                 raise ValueError(f"tensor '{self._order[self._current]}' is incomplete")
             self._check_target()
             try:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self.gguf.close()
-                os.replace(self._temporary, self.path)
+                if self._partial is not None:
+                    self._partial.sync()
+                    os.replace(self._partial.path, self.path)
+                    self._partial.finish()
+                elif self._file is not None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._file.close()
+                    os.replace(self._temporary, self.path)
             except OSError as error:
                 raise self._output_error(error) from error
             self._state = "closed"
@@ -210,12 +263,16 @@ class ModelWriter(Target):
             self.abort()
 
     def abort(self) -> None:
-        """Give up: remove the temporary file.  Does nothing after a successful :meth:`close`."""
-        if self._state == "closed":
+        """Give up: remove the temporary file, or with a job leave it to the next writer if a tensor is complete.  Does
+        nothing after a successful :meth:`close`."""
+        if self._state in ("closed", "aborted"):
             return
-        self._state = "closed"
-        with contextlib.suppress(OSError):  # a full disk fails the last flush again
-            self.gguf.close()
+        self._state = "aborted"
+        if self._partial is not None:
+            self._partial.release()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk fails the last flush again
+                self._file.close()
         with contextlib.suppress(OSError):
             os.unlink(self._temporary)
 
@@ -224,7 +281,24 @@ class ModelWriter(Target):
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _file(self) -> Any:
-        assert self.gguf.fout is not None
-        return self.gguf.fout[0]
+    def _header(self) -> tuple[bytes, bytes]:
+        """The bytes before the padding: the counts with the metadata, and the list of tensors."""
+        buffer = io.BytesIO()
+        self.gguf.fout = cast(Any, [buffer])
+        self.gguf.state = WriterState.EMPTY
+        self.gguf.write_header_to_file()
+        self.gguf.write_kv_data_to_file()
+        at = buffer.tell()
+        self.gguf.write_ti_data_to_file()
+        self.gguf.fout = None
+        return buffer.getvalue()[:at], buffer.getvalue()[at:]
+
+    def _padding(self, size: int) -> bytes:
+        """What follows ``size`` bytes up to the next multiple of the alignment."""
+        return bytes(-size % self.gguf.data_alignment)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        if self._partial is not None:
+            self._partial.write(data)
+        elif self._file is not None:
+            self._file.write(data)

@@ -56,7 +56,7 @@ _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationT
 
 
 class _Mapping:
-    """The file's bytes, mapped on first use."""
+    """The file's bytes, mapped on first use or read piece by piece."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -70,6 +70,16 @@ class _Mapping:
             except (OSError, ValueError) as error:  # ValueError: the file has become empty
                 raise InputError(str(error), file=self.path, tensor=tensor) from error
         part = self._bytes[offset : offset + nbytes]
+        if part.size != nbytes:
+            raise TruncatedError("the file has become shorter since it was opened", file=self.path, tensor=tensor)
+        return part
+
+    def read(self, offset: int, nbytes: int, tensor: str) -> np.ndarray:
+        """The same bytes in an array of their own.  Raises InputError, TruncatedError."""
+        try:
+            part = np.fromfile(self.path, np.uint8, nbytes, offset=offset)
+        except OSError as error:
+            raise InputError(error.strerror or str(error), file=self.path, tensor=tensor) from error
         if part.size != nbytes:
             raise TruncatedError("the file has become shorter since it was opened", file=self.path, tensor=tensor)
         return part
@@ -132,6 +142,19 @@ class TensorInfo:
             return raw.view(dtype).reshape(self.shape)
         return raw.reshape(*self.shape[:-1], self.row_bytes)
 
+    def stored_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows as stored, uint8 ``[stop - start, row_bytes]``; rows count over all leading dimensions.
+
+        Read into memory of their own: pages of a mapped file count as the process's as long as memory is not short,
+        2.3 GB after a file of 2.2 GB.
+
+        Raises:
+            InputError, TruncatedError: the file has changed since it was opened.
+        """
+        count = stop - start
+        raw = self._mapping.read(self.offset + start * self.row_bytes, count * self.row_bytes, self.name)
+        return raw.reshape(count, self.row_bytes)
+
     def rows(self, max_weights: int = CHUNK_WEIGHTS) -> Iterator[tuple[int, np.ndarray]]:
         """Decode in chunks of whole rows: yields (index of the first row, float32 ``[rows, columns]``).
 
@@ -143,18 +166,17 @@ class TensorInfo:
         kind = self.ggml_type
         if kind not in _FLOATS and kind not in quants._type_traits:
             raise TensorTypeError(f"no decoder for type {self.type_name}", file=self._mapping.path, tensor=self.name)
-        data = self.data().reshape(self.n_rows, -1)
         step = max(1, max_weights // self.columns)
         for first in range(0, self.n_rows, step):
-            yield first, self._decode(data[first : first + step])
+            yield first, self._decode(self.stored_rows(first, min(first + step, self.n_rows)))
 
     def _decode(self, rows: np.ndarray) -> np.ndarray:
         if self.layout is not None:
             return codec.decode(self.layout, rows)
         with np.errstate(all="ignore"):  # any bit pattern may come: NaN, or values beyond float32
             if self.ggml_type in _FLOATS:
-                return rows.astype(np.float32)
-            return np.asarray(quants.dequantize(np.ascontiguousarray(rows), self.ggml_type), dtype=np.float32)
+                return rows.view(_TYPED[self.ggml_type]).astype(np.float32)
+            return np.asarray(quants.dequantize(rows, self.ggml_type), dtype=np.float32)
 
     def dequantize(self) -> np.ndarray:
         """The whole tensor as float32 with its shape; see :meth:`rows` for large tensors and for errors."""
@@ -167,12 +189,11 @@ class TensorInfo:
         """Raise ``BlockError`` if a block of this CCQ tensor holds parameters that no encoder may write."""
         if self.layout is None:
             return
-        data = self.data().reshape(self.n_rows, -1)
         step = max(1, CHUNK_WEIGHTS // self.columns)
         for first in range(0, self.n_rows, step):
             codec.check_blocks(
                 self.layout,
-                data[first : first + step],
+                self.stored_rows(first, min(first + step, self.n_rows)),
                 file=self._mapping.path,
                 tensor=self.name,
                 first_block=first * (self.columns // self.layout.block_weights),

@@ -59,6 +59,11 @@ class TrellisCode:
         """Bits of one block's cycle."""
         return sum(self.strides) * GROUP // len(self.strides)
 
+    @property
+    def max_weight(self) -> float:
+        """The largest weight that a block can hold: level 127 at the scale of byte 255."""
+        return self.level_offset * 15 * 2.0 ** (31 - self.scale_exponent_bias)
+
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Bit offset of every window of a block."""

@@ -6,6 +6,12 @@ the model's own prediction (the Fisher information; Amari, Neural Computation 10
 predicts such a label and g at one position collects what it does to all later ones.  Taking the channels as
 independent, that is ``1/2 sum_ij G_i H_j E_ij^2`` per token, with G the mean of ``g_i^2`` and H that of ``x_j^2``.
 
+Measured: 21 matrices of a 4 M Llama, each alone in CCQ_T2, lose from 0.00005 to 0.011 nats per token, 0.81 to 1.51
+times what that says (geometric mean 1.03; 4096 tokens, the same for both), all 28 together 0.0776 (1.08 times).  The
+most is attention V's, whose errors at several positions add up: products of two positions are left out.  Nor does any
+gradient see that errors can make a router choose other experts: before the last router of a random mixture with 4
+experts, noise of 1 % cost 4.5 times as much.
+
 The hidden states that enter each layer are kept from the forward pass; from the last layer to the first, a layer is
 loaded again (its experts one by one), computed again for a few windows at a time, and differentiated by autograd.
 """

@@ -35,8 +35,8 @@ from .vocab import load_vocab
 @dataclass(frozen=True)
 class CalibrationOptions:
     """``chunks`` = ``None`` takes all windows of the text; ``threads`` <= 0 means one per CPU; ``process_output`` adds
-    the output matrix; ``gradients`` adds the squares of the outputs' gradients, for three times the time and, for every
-    layer, 4 bytes of memory (beyond 1 GiB of the disk) per token and hidden channel."""
+    the output matrix; ``gradients`` adds the squares of the outputs' gradients, for three to four times the time and 4
+    bytes per token, hidden channel and layer (beyond 1 GiB of the disk)."""
 
     ctx: int = 512
     chunks: int | None = None

@@ -48,8 +48,9 @@ class _Group(click.Group):
                 # What the system refused on the way (disk, permissions, a vanished file) needs no traceback either.
                 click.echo(f"Error: {_one_line(error)}", err=True)
                 ctx.exit(1)
-            except KeyboardInterrupt:
-                click.echo("Interrupted; no file was written.", err=True)
+            except KeyboardInterrupt as interrupt:
+                kept = str(interrupt)  # of a conversion that can be resumed
+                click.echo(f"Interrupted; {kept or 'no file was written'}.", err=True)
                 ctx.exit(INTERRUPTED)
             finally:
                 logger.removeHandler(handler)
@@ -156,6 +157,11 @@ def _quant_options(command: _F) -> _F:
         click.option("--dry-run", is_flag=True, help="Only print the plan."),
         click.option("--no-fallback", is_flag=True, help="Fail where a row does not fit a type's block."),
         click.option("--overwrite", is_flag=True, help="Replace an existing file."),
+        click.option(
+            "--resume",
+            is_flag=True,
+            help="Keep what is encoded if the conversion is interrupted, and go on there when the command is repeated.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -190,6 +196,7 @@ def _options(
         fallback=not flags["no_fallback"],
         overwrite=flags["overwrite"],
         dry_run=flags["dry_run"],
+        resume=flags["resume"],
     )
     return output or Path(), options
 
@@ -245,8 +252,8 @@ def quantize(in_file: Path, **settings: Any) -> None:
 @click.option(
     "--gradients",
     is_flag=True,
-    help="Also measure how much the outputs of each matrix matter to the model's predictions: takes three times as "
-    "long, and 4 bytes of memory or disk per token, hidden channel and layer.",
+    help="Also measure how much the outputs of each matrix matter to the model's predictions: takes three to four "
+    "times as long, and 4 bytes of memory or disk per token, hidden channel and layer.",
 )
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")

@@ -12,8 +12,10 @@ from ccq_format.errors import ImportanceError, WeightsError
 from .plan import is_ccq
 
 _F16_MAX = 65504.0
-_MAX = {"f16": _F16_MAX, "q8_0": _F16_MAX * 127, "q5_0": _F16_MAX * 16, "q4_0": _F16_MAX * 8}
-"""Types with float16 weights or scales: the largest weight."""
+_LARGEST = {"f16": _F16_MAX, "q8_0": _F16_MAX * 127, "q5_0": _F16_MAX * 16, "q4_0": _F16_MAX * 8} | {
+    layout.name: layout.code.max_weight for layout in layouts.LAYOUTS if isinstance(layout.code, layouts.TrellisCode)
+}
+"""Largest magnitude that a type can hold; the types left out hold any float32."""
 
 
 def error_weights(
@@ -99,7 +101,7 @@ def check_weights(x: NDArray[np.float32], target: str, tensor: str) -> None:
     low, high = float(x.min(initial=0.0)), float(x.max(initial=0.0))
     if not (np.isfinite(low) and np.isfinite(high)):
         raise WeightsError("a weight is NaN or infinite", tensor=tensor)
-    limit = _MAX.get(target)
+    limit = _LARGEST.get(target)
     if limit is not None and max(-low, high) > limit:
         raise WeightsError(f"a weight of {max(-low, high):g} is too large for {target}", tensor=tensor)
 

@@ -2,6 +2,7 @@
 
 A safetensors file.  Tensor ``NAME`` (a GGUF name): float32 ``[row_len, row_len]``, summed over all inputs, for a stack
 of experts ``[experts, row_len, row_len]``; ``NAME.counts``: float32 ``[1]`` or ``[experts]``, the number of inputs.
+Encoding with a Hessian takes ``8 row_len^2`` bytes of memory and a little: 0.72 GB in all at a row length of 8192.
 Matrices with the same inputs (query, key and value; gate and up) share one tensor: the metadata entry ``ccq.shared``
 is a JSON object from each name to the name that is stored.  ``ccq.hessian`` is the version of this layout, ``1``.
 """
@@ -16,14 +17,18 @@ from math import prod
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from numpy.typing import DTypeLike, NDArray
+from safetensors import SafetensorError
 
 from ccq_format._target import Target
-from ccq_format.errors import ImportanceError
+from ccq_format.errors import ImportanceError, ModelError
+
+from .safetensors_io import read_header
 
 VERSION = "1"
 _COUNTS = ".counts"
+_CHUNK = 1 << 22
+"""Values that are read at a time."""
 
 
 class HessianWriter(Target):
@@ -124,8 +129,7 @@ class Hessians:
         """Raises ``ImportanceError`` if the file cannot be read or is no Hessian file."""
         self.file = os.fspath(path)
         try:
-            opened: Any = safe_open(self.file, framework="numpy")
-            metadata = opened.metadata() or {}
+            self._stored, metadata = read_header(self.file)
             shared = json.loads(metadata.get("ccq.shared", "{}"))
         except (SafetensorError, OSError, ValueError) as error:
             raise ImportanceError(f"is no intact safetensors file: {error}", file=self.file) from None
@@ -134,28 +138,38 @@ class Hessians:
                 f"is no Hessian file of version {VERSION}: ccq.hessian is {metadata.get('ccq.hessian')!r}",
                 file=self.file,
             )
-        self._file = opened
-        self._stored = frozenset(opened.keys())
         self._shared = shared
 
     def __contains__(self, name: str) -> bool:
         return self._shared.get(name, name) in self._stored
 
-    def product(self, name: str, n_matrices: int, row_len: int, matrix: int = 0) -> tuple[NDArray[np.float32], float]:
-        """``X^T X`` float32 ``[row_len, row_len]`` of one matrix of the tensor ``name``, and the number of inputs.
+    def product(
+        self, name: str, n_matrices: int, row_len: int, matrix: int = 0, *, dtype: DTypeLike = np.float32
+    ) -> tuple[NDArray[Any], float]:
+        """``X^T X`` ``[row_len, row_len]`` of one matrix of the tensor ``name``, and the number of inputs.
+
+        The array is the caller's, of type ``dtype``; nothing else of the file stays in memory.
 
         Raises ``ImportanceError`` if the file has none, or one of another shape or with values that are not finite.
         """
         stored = self._shared.get(name, name)
         if stored not in self._stored or stored + _COUNTS not in self._stored:
             raise ImportanceError("has no Hessian", file=self.file, tensor=name)
-        part, counts = self._file.get_slice(stored), self._file.get_tensor(stored + _COUNTS)
-        expected = [row_len, row_len] if n_matrices == 1 else [n_matrices, row_len, row_len]
-        if list(part.get_shape()) != expected or counts.shape != (n_matrices,) or part.get_dtype() != "F32":
+        part, counts = self._stored[stored], self._stored[stored + _COUNTS]
+        expected = (row_len, row_len) if n_matrices == 1 else (n_matrices, row_len, row_len)
+        if part.shape != expected or counts.shape != (n_matrices,) or {part.dtype, counts.dtype} != {"F32"}:
             raise ImportanceError(
-                f"its Hessian has the shape {list(part.get_shape())}, not {expected}", file=self.file, tensor=name
+                f"its Hessian has the shape {list(part.shape)}, not {list(expected)}", file=self.file, tensor=name
             )
-        product: NDArray[np.float32] = part[:] if n_matrices == 1 else part[matrix : matrix + 1][0]
-        if not np.isfinite(product).all():
-            raise ImportanceError("its Hessian holds NaN or infinity", file=self.file, tensor=name)
-        return product, float(counts[matrix])
+        product = np.empty((row_len, row_len), dtype)
+        step = max(1, _CHUNK // row_len)
+        try:
+            for start in range(0, row_len, step):
+                stop = min(start + step, row_len)
+                rows = part.rows(matrix * row_len + start, matrix * row_len + stop)
+                if not np.isfinite(rows).all():
+                    raise ImportanceError("its Hessian holds NaN or infinity", file=self.file, tensor=name)
+                product[start:stop] = rows
+            return product, float(counts.rows(0, 1)[0, matrix])
+        except ModelError as error:
+            raise ImportanceError(error.reason, file=self.file, tensor=name) from None

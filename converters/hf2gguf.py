@@ -47,14 +47,21 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
         raise ModelError("no such folder", file=model_dir)
     family = family_of(model_dir)
     # The tensors' shapes come first: they vouch for the sizes in the config before anything is built by them.
-    sources = load_sources(family, Checkpoint(model_dir))
+    checkpoint = Checkpoint(model_dir)
+    sources = load_sources(family, checkpoint)
     vocab = load_vocab(model_dir, family.vocab_size)
 
     def set_metadata(writer: gguf.GGUFWriter) -> None:
         write_metadata(writer, model_dir, family, vocab, sources, options.type)
 
     return write_model(
-        out, arch=family.arch_name, set_metadata=set_metadata, sources=sources, options=options, progress=progress
+        out,
+        arch=family.arch_name,
+        set_metadata=set_metadata,
+        sources=sources,
+        options=options,
+        progress=progress,
+        files=[model_dir / "config.json", *sorted({tensor.path for tensor in checkpoint})],
     )
 
 

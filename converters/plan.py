@@ -98,7 +98,8 @@ class QuantOptions:
     ``target_bpw`` bits per weight or a file of ``target_size`` bytes (see ``allocate``); exactly one of the three.
     ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
     errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
-    one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``).
+    one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``resume`` keeps what an
+    interrupted conversion has encoded, and goes on there.  ``resume.job_of`` must know which fields change no byte.
     """
 
     type: str | None = None
@@ -108,6 +109,7 @@ class QuantOptions:
     fallback: bool = True
     overwrite: bool = False
     dry_run: bool = False
+    resume: bool = False
     imatrix: Importance | None = None
     hessian: Hessians | None = None
     target_bpw: float | None = None

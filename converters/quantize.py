@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -35,7 +36,15 @@ def quantize(
         raise OutputError("input and output are the same file", file=out_path)
     refuse_parts(model)
     sources = sources_of(model)
-    return write_model(out_path, arch=model.arch, sources=sources, options=options, progress=progress, copy_from=model)
+    return write_model(
+        out_path,
+        arch=model.arch,
+        sources=sources,
+        options=options,
+        progress=progress,
+        copy_from=model,
+        files=[Path(in_path)],
+    )
 
 
 def refuse_parts(model: Model) -> None:
@@ -62,20 +71,15 @@ def sources_of(model: Model) -> list[TensorSource]:
 
 
 def source_of(info: TensorInfo) -> TensorSource:
-    """One tensor of an opened file as a source; rows are decoded, or copied, straight from the mapped file."""
+    """One tensor of an opened file as a source; rows are read from the file as they are needed."""
 
     def load_rows(start: int, stop: int) -> NDArray[np.float32]:
         return decode_rows(info, start, stop)
 
     def raw_rows(start: int, stop: int) -> NDArray[np.uint8]:
-        return stored_rows(info, start, stop)
+        return info.stored_rows(start, stop)
 
     return TensorSource(info.name, info.shape, load_rows, info.type_name, raw_rows)
-
-
-def stored_rows(info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
-    """Rows of a tensor as stored, uint8 ``[stop - start, row_bytes]``; rows count over all leading dimensions."""
-    return np.ascontiguousarray(info.data().reshape(info.n_rows, -1)[start:stop]).view(np.uint8)
 
 
 def decode_rows(info: TensorInfo, start: int, stop: int) -> NDArray[np.float32]:
@@ -83,7 +87,7 @@ def decode_rows(info: TensorInfo, start: int, stop: int) -> NDArray[np.float32]:
 
     Raises ``TensorTypeError`` for types that gguf cannot decode.
     """
-    stored = stored_rows(info, start, stop)
+    stored = info.stored_rows(start, stop)
     if info.layout is not None:
         import ccq_backend
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,22 @@ class StoredTensor:
         return raw.astype(np.float32).reshape(stop - start, self.row_len)
 
 
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of one file, and its metadata.  Raises ``SafetensorError``, ``OSError`` or ``ValueError``."""
+    # safetensors itself checks the header: sizes, offsets without gaps or overlaps, and the file's length.
+    with safe_open(path, framework="numpy"):
+        pass
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, info in header.items():
+        offset = 8 + length + info["data_offsets"][0]
+        tensors[name] = StoredTensor(name, Path(path), info["dtype"], tuple(info["shape"]), offset)
+    return tensors, metadata
+
+
 class Checkpoint:
     """All tensors of a model folder, by name.
 
@@ -146,19 +163,11 @@ class Checkpoint:
                 raise ModelError(f"is not listed in {INDEX_NAME}", file=stored.path, tensor=stored.name)
 
     def _open_shard(self, path: Path) -> None:
-        # safetensors itself checks the header: sizes, offsets without gaps or overlaps, and the file's length.
         try:
-            with safe_open(path, framework="numpy"):
-                pass
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+            tensors, _ = read_header(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"is no intact safetensors file: {error}", file=path) from None
-        for name, info in header.items():
-            if name == "__metadata__":
-                continue
+        for name, tensor in tensors.items():
             if name in self._tensors:
                 raise ModelError(f"is also in {self._tensors[name].path.name}", file=path, tensor=name)
-            offset = 8 + length + info["data_offsets"][0]
-            self._tensors[name] = StoredTensor(name, path, info["dtype"], tuple(info["shape"]), offset)
+            self._tensors[name] = tensor

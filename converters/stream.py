@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ccq_format import layouts
+from ccq_format._partial import partial_path
 from ccq_format.errors import CcqError, ImportanceError
 from ccq_format.gguf_io import Model, ModelWriter
 
@@ -24,6 +26,7 @@ from .feedback import Factors, encode_with_feedback, factorize
 from .hessian import Hessians
 from .imatrix import Importance, provenance
 from .plan import VOCABULARY, Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, is_ccq, make_plan
+from .resume import job_of
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +49,15 @@ def write_model(
     options: QuantOptions,
     progress: bool = True,
     copy_from: Model | None = None,
+    files: Sequence[Path] = (),
 ) -> Plan:
     """Plan, encode and write a whole GGUF file; with ``options.dry_run`` only plan.
 
     ``arch`` is ``general.architecture``; all other keys are those of the file ``copy_from``, then those that
     ``set_metadata`` adds to the writer it is given.  The file appears under ``out_path`` only when it is complete; an
-    exception or an interrupt leaves none.  A progress bar goes to stderr if ``progress`` and if that is a terminal.
+    exception or an interrupt leaves none, but with ``options.resume`` what the next call goes on with; ``files`` are
+    then the files that the sources are read from.  A progress bar goes to stderr if ``progress`` and if that is a
+    terminal.
 
     Raises ``PlanError``, ``WeightsError`` and ``ImportanceError`` (naming the tensor) and ``OutputError``.
     """
@@ -76,6 +82,7 @@ def write_model(
         set_metadata=set_metadata,
         progress=progress,
         copy_from=copy_from,
+        files=files,
     )
     return plan
 
@@ -149,18 +156,38 @@ def write_planned(
     set_metadata: Callable[[gguf.GGUFWriter], None] | None = None,
     progress: bool = True,
     copy_from: Model | None = None,
+    files: Sequence[Path] = (),
 ) -> None:
     """Write what ``plan`` says; the arguments are those of :func:`write_model`."""
-    with ModelWriter(out_path, arch, overwrite=options.overwrite) as writer:
-        _declare(writer, plan, options, set_metadata, copy_from)
-        writer.begin()
-        with progress_bar(progress) as bar:
-            task = bar.add_task("", total=plan.n_weights)
-            for tensor in plan.tensors:
-                bar.update(task, description=tensor.source.name)
-                for data, weights in encoded_rows(tensor, options):
-                    writer.write(tensor.source.name, data)
-                    bar.advance(task, weights)
+    job = None
+    if options.resume:
+        job = job_of(options, files)
+    elif partial_path(out_path).exists():
+        log.warning("%s: left as it is; only --resume goes on with it", partial_path(out_path))
+    writer = ModelWriter(out_path, arch, overwrite=options.overwrite, job=job)
+    try:
+        with writer:
+            _declare(writer, plan, options, set_metadata, copy_from)
+            _write_tensors(writer, plan, options, progress)
+    except BaseException as error:
+        if writer.kept:
+            kept = f"{writer.kept} of {len(plan.tensors)} tensors are kept; the same command goes on from there"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(kept) from None
+            log.warning("%s: %s", partial_path(out_path), kept)
+        raise
+
+
+def _write_tensors(writer: ModelWriter, plan: Plan, options: QuantOptions, progress: bool) -> None:
+    writer.begin()
+    done, left = plan.tensors[: writer.completed], plan.tensors[writer.completed :]
+    with progress_bar(progress) as bar:
+        task = bar.add_task("", total=plan.n_weights, completed=sum(t.source.n_weights for t in done))
+        for tensor in left:
+            bar.update(task, description=tensor.source.name)
+            for data, weights in encoded_rows(tensor, options):
+                writer.write(tensor.source.name, data)
+                bar.advance(task, weights)
 
 
 def _declare(
@@ -284,12 +311,14 @@ def _rows_with_feedback(
             x = source.load_rows(start, stop)
             check_weights(x, tensor.type, source.name)
             yield encode_with_feedback(x, factors, threads, effort), (stop - start) * source.row_len
+        del factors  # before the next ones are computed
 
 
 def _factors(tensor: PlannedTensor, hessians: Hessians, matrix: int) -> Factors:
     source = tensor.source
-    product, count = hessians.product(source.name, source.matrices, source.row_len, matrix)
+    # In float64 from the start, and in place: 8 n^2 bytes are all that a row length of n needs.
+    product, count = hessians.product(source.name, source.matrices, source.row_len, matrix, dtype=np.float64)
     try:
-        return factorize(product, layouts.by_name(tensor.type), count=count)
+        return factorize(product, layouts.by_name(tensor.type), count=count, overwrite=True)
     except ImportanceError as error:
         raise ImportanceError(error.reason, file=hessians.file, tensor=source.name) from error

@@ -206,6 +206,58 @@ def test_gradients_are_those_of_the_whole_model(
         np.testing.assert_allclose(result, sums / windows.size, rtol=1e-4, atol=1e-6 * sums.max() / windows.size)
 
 
+@pytest.mark.parametrize(
+    ("case", "chunks", "within"), [(None, 8, 0.2), (MODELS[3], 16, 0.15)], ids=["bundled", "mixtral"]
+)
+def test_gradients_predict_the_divergence(case: Case | None, chunks: int, within: float, tmp_path: Path) -> None:
+    """Noise on one matrix at a time changes the predictions as ``1/2 sum G H E^2`` says, in nats per token.
+
+    Of the mixture the last layer's: what comes before a router can make it choose other experts; no gradient sees that.
+    """
+    folder = EXAMPLE if case is None else small(case, tmp_path / "model")
+    ctx = 128
+    options = CalibrationOptions(ctx=ctx, chunks=chunks, threads=1, process_output=True, gradients=True)
+    importance = calibrate(folder, HELDOUT, tmp_path / "i.gguf", options, progress=False)
+    windows = torch.from_numpy(load_windows(folder, family_of(folder), HELDOUT, ctx, chunks))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    layers = model.model.layers
+    if case is None:
+        parts = {
+            "blk.1.attn_q.weight": layers[1].self_attn.q_proj.weight,
+            "blk.0.attn_output.weight": layers[0].self_attn.o_proj.weight,
+            "blk.1.ffn_up.weight": layers[1].mlp.up_proj.weight,
+            "blk.3.ffn_down.weight": layers[3].mlp.down_proj.weight,
+        }
+    else:
+        parts = {
+            "blk.1.ffn_gate_exps.weight": layers[1].mlp.experts.gate_up_proj[:, :96],
+            "blk.1.ffn_down_exps.weight": layers[1].mlp.experts.down_proj,
+            "blk.1.ffn_up_exps.weight": layers[1].mlp.experts.gate_up_proj[:, 96:],
+            "output.weight": model.lm_head.weight,
+        }
+
+    def log_probabilities() -> torch.Tensor:
+        with torch.no_grad():
+            return model(windows).logits.double().log_softmax(-1)
+
+    base = log_probabilities()
+    for name, weight in parts.items():
+        shape = weight.shape if weight.dim() == 3 else (1, *weight.shape)
+        gradients = importance.output_gradients(name, *shape[:2])
+        inputs = importance.input_power(name, shape[0], shape[2])
+        assert gradients is not None
+        assert inputs is not None
+        torch.manual_seed(3)
+        with torch.no_grad():
+            noise = torch.randn(weight.shape) * weight.std() * (0.05 if case is None else 0.01)
+            error = noise.square().reshape(shape).numpy()  # as likely in any order of the rows
+            weight += noise
+            measured = float((base.exp() * (base - log_probabilities())).sum(-1).mean())
+            weight -= noise
+        predicted = 0.5 * float(np.einsum("mi,mj,mij->", gradients, inputs, error))
+        assert abs(measured / predicted - 1) < within, name
+
+
 def test_labels_are_drawn_with_their_probabilities() -> None:
     p = torch.tensor([0.0, 0.1, 0.0, 0.25, 0.65, 0.0])
     n = 20_000
@@ -271,7 +323,7 @@ def test_an_unhit_expert_is_counted(tmp_path: Path) -> None:
     router[:] = 0.0
     router[:, 0] = [5.0, 4.0, 0.5, -0.5, -4.0, -5.0]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    result = run(folder, HELDOUT, tmp_path / "i.gguf", "--chunks", 2)
+    result = run(folder, HELDOUT, tmp_path / "i.gguf", "--chunks", 2, "--gradients")
     assert result.exit_code == 0, result.output
     importance = imatrix.load(tmp_path / "i.gguf")
     for name in ("gate", "up", "down"):
@@ -282,6 +334,13 @@ def test_an_unhit_expert_is_counted(tmp_path: Path) -> None:
         got = importance.for_tensor(f"blk.1.ffn_{name}_exps.weight", 6, entry.sums.size // 6)
         assert got is not None
         assert got.min() > 0
+        gradients = importance.output_gradients(f"blk.1.ffn_{name}_exps.weight", 6, 64 if name == "down" else 32)
+        inputs = importance.input_power(f"blk.1.ffn_{name}_exps.weight", 6, entry.sums.size // 6)
+        assert gradients is not None
+        assert inputs is not None
+        assert (
+            (gradients.max(axis=1) > 0).tolist() == (inputs.max(axis=1) > 0).tolist() == [n > 0 for n in entry.counts]
+        )
     assert "never hit 6 and hit" in result.stderr
 
 

@@ -266,3 +266,11 @@ def test_weights_must_fit_f16() -> None:
         assert np.isfinite(scale).all()
         with pytest.raises(WeightsError, match=f"too large for {name}"):
             check_weights(x * (largest + 1), name, "w")
+
+
+@pytest.mark.parametrize("name", ["ccq_t1_5", "ccq_t2", "ccq_t2_5", "ccq_t3"])
+def test_weights_must_fit_the_largest_scale(name: str) -> None:
+    x = np.full((1, 64), 3810, np.float32)  # 127 * 30
+    check_weights(x, name, "w")
+    with pytest.raises(WeightsError, match=f"3811 is too large for {name}"):
+        check_weights(x + 1, name, "w")

@@ -102,6 +102,61 @@ def test_gguf_form_by_definition(tmp_path: Path) -> None:
     assert (importance.datasets, importance.chunk_count, importance.chunk_size) == (["some.txt"], 3, 512)
 
 
+def with_gradients(rows: int = 3, counts: tuple[float, ...] = (900.0, 500.0, 136.0, 0.0)) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(4)
+    of_experts = rng.gamma(0.5, 1.0, (N_EXPERTS, rows)).astype(np.float32)
+    of_experts[np.array(counts) == 0] = 0
+    return {
+        **usual(counts),
+        f"{DENSE}.out_grad2": rng.gamma(0.5, 1.0, (1, rows + 1)).astype(np.float32),
+        f"{EXPERTS}.out_grad2": of_experts,
+    }
+
+
+def test_gradients_by_definition(tmp_path: Path) -> None:
+    """Sums over the tokens of an expert, divided by all tokens of the text; inputs by those of the expert."""
+    tensors = with_gradients()
+    importance = imatrix.load(write_imatrix(tmp_path / "i.gguf", tensors))
+    for name, matrices, rows in ((DENSE, 1, 4), (EXPERTS, N_EXPERTS, 3)):
+        got = importance.output_gradients(name, matrices, rows)
+        assert got is not None
+        assert (got.dtype, got.shape) == (np.float32, (matrices, rows))
+        np.testing.assert_allclose(got, tensors[f"{name}.out_grad2"] / (3 * 512), rtol=1e-6)
+    got = importance.input_power(EXPERTS, N_EXPERTS, ROW)
+    assert got is not None
+    np.testing.assert_allclose(got[:3], tensors[f"{EXPERTS}.in_sum2"][:3] / tensors[f"{EXPERTS}.counts"][:3], rtol=1e-6)
+    assert not got[3].any()
+    assert importance.output_gradients("blk.7.attn_q.weight", 1, 4) is None
+    assert importance.input_power("blk.7.attn_q.weight", 1, ROW) is None
+    for name, matrices, rows in ((DENSE, 1, 3), (EXPERTS, N_EXPERTS, 4), (EXPERTS, 3, 3)):
+        with pytest.raises(ImportanceError, match=f"{name}.*made for another model"):
+            importance.output_gradients(name, matrices, rows)
+    with pytest.raises(ImportanceError, match="made for another model"):
+        importance.input_power(EXPERTS, 3, ROW)
+    importance = imatrix.load(write_imatrix(tmp_path / "i.gguf", tensors, chunk_size=None))
+    with pytest.raises(ImportanceError, match="not the number of tokens"):
+        importance.output_gradients(DENSE, 1, 4)
+
+
+def test_files_without_gradients(tmp_path: Path) -> None:
+    for kind in ("gguf", "dat"):
+        importance = imatrix.load(DATA / f"manllama-4m.imatrix.{kind}")
+        name, entry = next(iter(importance.entries.items()))
+        assert importance.output_gradients(name, 1, 5) is None
+        power = importance.input_power(name, 1, entry.sums.size)
+        assert power is not None
+        np.testing.assert_allclose(power[0], importance.for_tensor(name, 1, entry.sums.size), rtol=1e-5)
+    # One row of sums for all matrices of a stack, and the binary form's mark of an expert without inputs.
+    path = tmp_path / "i.dat"
+    sums = sums_of(2)
+    sums[1] = 4.0
+    path.write_bytes(binary({"a": (4, sums[0]), "b": (4, sums.reshape(-1))}))
+    importance = imatrix.load(path)
+    common, each = importance.input_power("a", 3, ROW), importance.input_power("b", 2, ROW)
+    np.testing.assert_allclose(common, np.tile(sums[0] / 4, (3, 1)), rtol=1e-6)
+    np.testing.assert_allclose(each, np.stack([sums[0] / 4, np.zeros(ROW)]), rtol=1e-6)
+
+
 def test_rarely_hit_experts_lean_on_the_others(tmp_path: Path) -> None:
     tensors = usual()
     importance = imatrix.load(write_imatrix(tmp_path / "i.gguf", tensors))
@@ -190,7 +245,7 @@ def test_binary_form_by_definition(tmp_path: Path) -> None:
 
 
 def test_what_is_written_reads_back(tmp_path: Path) -> None:
-    before = imatrix.load(write_imatrix(tmp_path / "a.gguf", usual()))
+    before = imatrix.load(write_imatrix(tmp_path / "a.gguf", with_gradients()))
     with ModelWriter(tmp_path / "b.gguf", "") as writer:
         imatrix.fill(writer, before)
     after = imatrix.load(tmp_path / "b.gguf")
@@ -199,10 +254,12 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     for name, entry in before.entries.items():
         np.testing.assert_array_equal(after.entries[name].sums, entry.sums)
         np.testing.assert_array_equal(after.entries[name].counts, entry.counts)
+        np.testing.assert_array_equal(after.entries[name].gradients, entry.gradients)
     reader = gguf.GGUFReader(tmp_path / "b.gguf")
     shapes = {t.name: t.shape.tolist() for t in reader.tensors}  # in ggml's order, as llama.cpp writes them
     assert shapes[f"{EXPERTS}.in_sum2"] == [ROW, N_EXPERTS]
     assert shapes[f"{EXPERTS}.counts"] == [1, N_EXPERTS]
+    assert shapes[f"{EXPERTS}.out_grad2"] == [3, N_EXPERTS]
     assert {t.tensor_type for t in reader.tensors} == {TENSOR_TYPES.F32}
     field = reader.fields["general.type"]
     assert field.contents() == "imatrix"
@@ -237,6 +294,12 @@ def without(name: str) -> dict[str, np.ndarray]:
         (without(f"{EXPERTS}.in_sum2"), f"tensor '{EXPERTS}': has no tensor '{EXPERTS}.in_sum2'"),
         ({**usual(), f"{EXPERTS}.counts": np.ones(3, np.float32)}, "2048 sums do not fit 3 counts"),
         ({**usual(), f"{DENSE}.counts": np.ones(1, np.float16)}, "is f16, not f32"),
+        ({**with_gradients(), f"{DENSE}.out_grad2": -np.ones(3, np.float32)}, "of gradients is negative, NaN"),
+        ({**with_gradients(), f"{DENSE}.out_grad2": np.full(3, np.nan, np.float32)}, "of gradients is negative, NaN"),
+        ({**with_gradients(), f"{DENSE}.out_grad2": np.full(3, np.inf, np.float32)}, "of gradients is negative, NaN"),
+        ({**with_gradients(), f"{EXPERTS}.out_grad2": np.ones(6, np.float32)}, "6 outputs do not fit 4 counts"),
+        ({**with_gradients(), f"{DENSE}.out_grad2": np.ones(3, np.float16)}, "is f16, not f32"),
+        ({**usual(), "x.out_grad2": np.ones(3, np.float32)}, "has no tensor 'x.in_sum2'"),
         ({"token_embd.weight": np.ones((2, 4), np.float32)}, "holds no importance"),
     ],
 )
