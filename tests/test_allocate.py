@@ -137,7 +137,7 @@ def test_without_data_the_loss_is_the_relative_error() -> None:
     assert sorted(choices.losses, reverse=True) == list(choices.losses)
 
 
-def test_importance_weights_channels_and_experts() -> None:
+def test_importance_alone_is_used_for_encoding() -> None:
     x = gaussian(3, 8, 64)
     hits = np.array([50.0, 0.0, 150.0])
     sums = np.random.default_rng(1).uniform(0.1, 4, (3, 64)).astype(np.float32) * hits[:, None].astype(np.float32)
@@ -145,12 +145,10 @@ def test_importance_weights_channels_and_experts() -> None:
     choices = measure(source("e", x), QuantOptions(target_bpw=2.6, threads=1, imatrix=data))
     mean = data.for_tensor("e", 3, 64)
     assert mean is not None
-    weights = np.repeat(mean, 8, axis=0)
+    flat = x.reshape(24, 64)
     for name, loss in zip(choices.types, choices.losses, strict=True):
-        flat = x.reshape(24, 64)
-        error = np.square(decoded(name, flat, weights) - flat, dtype=np.float64) * weights * np.repeat(hits, 8)[:, None]
-        signal = np.square(flat, dtype=np.float64) * weights * np.repeat(hits, 8)[:, None]
-        assert loss == pytest.approx(error.sum() / signal.sum(), rel=1e-5)
+        error = np.square(decoded(name, flat, np.repeat(mean, 8, axis=0)) - flat, dtype=np.float64)
+        assert loss == pytest.approx(error.sum() / np.square(flat, dtype=np.float64).sum(), rel=1e-5)
 
 
 def test_gradients_give_the_expected_divergence() -> None:
@@ -296,7 +294,17 @@ def test_dry_run_shows_the_losses_and_writes_nothing(model: Path, tmp_path: Path
     assert any(line.startswith("q8_0: 4 tensors") for line in lines)
     assert run(*args).stdout == result.stdout
     without = run("quantize", model, "--target-bpw", 2.6, "--threads", 1, "--dry-run").stdout
-    assert "relative errors" in without.splitlines()[-1]
+    assert "mean relative error" in without.splitlines()[-1]
+
+
+def test_without_gradients_small_matrices_come_first(model: Path) -> None:
+    """All matrices are Gaussian and have the same relative errors in each type: size decides between two types."""
+    result = run("quantize", model, "--target-bpw", 2.3, "--threads", 1, "--dry-run")
+    rows = {line.split()[0]: line for line in result.stdout.splitlines()}
+    assert "ccq_t2_5" in rows["blk.0.attn_v.weight"]
+    assert [name for name in FREE if "ccq_t2 " in rows[name]]
+    pure = run("quantize", model, "--target-bpw", 2.125, "--threads", 1, "--dry-run").stdout.splitlines()
+    assert [line.split()[0] for line in pure if "ccq_t2 " in line] == list(FREE)
 
 
 def test_patterns_pin_tensors(model: Path, tmp_path: Path) -> None:
