@@ -140,7 +140,7 @@ LAYERS = 17
 
 
 def llama(*, experts: int = 0, heads: int = 8, tied: bool = False) -> list[TensorSource]:
-    """Tensors of a deep model with 8 key-value heads' width of 64."""
+    """Tensors of a deep model with 2 key-value heads of 64 channels."""
     out = [source("token_embd.weight", 1000, 512)]
     for i in range(LAYERS):
         shapes: dict[str, tuple[int, ...]] = {
@@ -161,7 +161,7 @@ def mixture(kind: str, model: list[TensorSource]) -> dict[str, str]:
 
 
 def test_mixtures_give_more_to_what_matters() -> None:
-    chosen = mixture("T2_M", llama(heads=4))
+    chosen = mixture("T2_M", llama(heads=2))  # as many as there are for keys
     assert (chosen["token_embd"], chosen["output"]) == (MIXTURES["ccq_t2_m"].embedding, MIXTURES["ccq_t2_m"].output)
     for i in range(LAYERS):
         kinds = {name: chosen[f"blk.{i}.{name}"] for name in ("attn_q", "attn_k", "ffn_gate", "ffn_up")}
@@ -172,7 +172,8 @@ def test_mixtures_give_more_to_what_matters() -> None:
 
 
 def test_mixtures_look_at_heads_and_experts() -> None:
-    assert mixture("ccq_t2_m", llama(heads=8))["blk.3.attn_v"] == "ccq_t3"  # 4 query heads to a key
+    chosen = mixture("ccq_t2_m", llama(heads=4))
+    assert [chosen[f"blk.3.attn_{m}"] for m in "qkv"] == ["ccq_t2", "ccq_t2_5", "ccq_t3"]
     chosen = mixture("ccq_t2_m", llama(heads=2, experts=8))
     assert {chosen[f"blk.5.attn_{m}"] for m in ("k", "v", "output")} == {"ccq_t3"}
     assert chosen["blk.5.attn_q"] == "ccq_t2"
