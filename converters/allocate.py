@@ -260,8 +260,9 @@ def allocate(
 
     ``target_bpw`` is the average over the matrices that the plan is free to choose for: not the embedding, the output
     (q8_0, as in the plans of one type) or tensors that ``options.overrides`` name.  ``target_size`` is the file's size,
-    ``overhead`` included; embedding and output have the types of the largest mixture whose base type the other matrices
-    reach on average, or q8_0 from 5.5 bits on.  ``advance`` is called with each tensor's name before it is measured.
+    ``overhead`` included; embedding and output, whose loss is not measured, have the types of the largest mixture whose
+    base type the other matrices reach on average, or larger ones from 3.5 bits on.  Error feedback is not part of the
+    measurement.  ``advance`` is called with each tensor's name before it is measured.
 
     Raises ``PlanError`` if the target is beyond what the types can give, and what :func:`measure` and
     :func:`plan.make_plan` raise.

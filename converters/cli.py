@@ -109,16 +109,17 @@ def _quant_options(command: _F) -> _F:
             "type_name",
             metavar="TYPE",
             help="Type of the matrices: ccq_t1_5, ccq_t2, ccq_t2_5, ccq_t3, ccq_p2, ccq_p2_5, ccq_p2_75 (the prefix "
-            "may be left out), f32, f16, bf16, q8_0, q5_0 or q4_0; embedding and output are q8_0 beside all but the "
-            "first three of these. Or a mixture: ccq_t1_5_m, ccq_t2_m, ccq_t2_5_m, ccq_t3_m give the matrices that "
+            "may be left out), f32, f16, bf16, q8_0, q5_0 or q4_0; embedding and output become q8_0, or f32, f16 or "
+            "bf16 like the others. Or a mixture: ccq_t1_5_m, ccq_t2_m, ccq_t2_5_m, ccq_t3_m give the matrices that "
             "matter most a larger type, and embedding and output smaller ones.",
         ),
         click.option(
             "--target-bpw",
             type=float,
             metavar="X",
-            help="Instead of --type: choose a type for every matrix so that what the model loses, measured on part of "
-            "each, is smallest at X bits per weight on average (embedding and output, q8_0, not counted).",
+            help="Instead of --type: types for all matrices that lose as little as possible at X bits per weight on "
+            "average (embedding and output, q8_0, not counted). What a type loses is measured on a part of each "
+            "matrix; how much that matters is known from an --imatrix with gradients.",
         ),
         click.option(
             "--target-size",

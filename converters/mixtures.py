@@ -1,6 +1,9 @@
 """Mixtures: plans that give the matrices that matter most more bits than the others, by rules on their names.
 
-The rules follow ``llama_tensor_get_type`` in llama.cpp's ``src/llama-quant.cpp``, which has them for Q2_K, IQ2_M and
+What matters was measured with gradients on two Llama models of 4 and 16 million parameters with two and four query heads
+to a key: KL divergence per weight from equal relative errors, on average of the layers and relative to that of FFN gate
+and up, is 5 to 9 for attention V, 4 to 8 for K, 2 for the attention's output, 2 for FFN down (4 in the first layer) and
+1 for Q.  The rules follow ``llama_tensor_get_type`` in llama.cpp's ``src/llama-quant.cpp``, which has them for Q2_K, IQ2_M and
 the like; what is a step up here is a step on ``LADDER``.
 """
 
@@ -34,7 +37,13 @@ MIXTURES = {
         Mixture("ccq_t3_m", "ccq_t3", "ccq_t3", "q5_0"),
     )
 }
-"""By name."""
+"""By name.
+
+Embedding and output have about as much to gain per byte as the matrices have from the next type; KL divergence of the
+16 M model (2540 tokens) from one of them alone: embedding in T2 0.0121, T2_5 0.0051, T3 0.0027, q4_0 0.0010; output in
+T2_5 0.0169, T3 0.0077, q4_0 0.0029, q5_0 0.0008.  Of the 4 M model's embedding, which is its output, too: T3 0.0173,
+q4_0 0.0061, q5_0 0.0016.
+"""
 
 _LAYER = re.compile(r"^blk\.(\d+)\.")
 _VALUE = re.compile(r"\.attn_(v|qkv|kv_b|v_b)\.weight$")
