@@ -15,6 +15,7 @@ from measurements import (
     T_TYPES,
     Row,
     Table,
+    embed,
     frontier,
     markdown,
     markdown_comparisons,
@@ -24,6 +25,8 @@ from measurements import (
 from ccq_converters.llama import STOCK_FILE_TYPES
 from ccq_converters.plan import QuantOptions, parse_type
 from ccq_format.errors import EvalError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def row(name: str, setting: str = IMATRIX, *, bpw: float = 2.125, kld: float = 0.05, note: str = "") -> Row:
@@ -108,6 +111,23 @@ def test_comparisons() -> None:
     assert met["CCQ_T2, imatrix", "Q2_K, imatrix"] == ("1.333", "missed")
     assert met["CCQ_T2_5, imatrix", "IQ2_S, imatrix"] == ("0.800", "missed")  # the aim is 0.75
     assert "2 of 8 matrices" in markdown(rows)
+
+
+def test_embedding_in_a_readme(tmp_path: Path) -> None:
+    path = tmp_path / "r.md"
+    path.write_text("before\n<!-- quality-m -->\nold\n<!-- end of quality-m -->\nafter\n")
+    embed(path, "quality-m", "| new |")
+    embed(path, "quality-m", "| newer |")
+    assert path.read_text() == ("before\n<!-- quality-m -->\n\n| newer |\n\n<!-- end of quality-m -->\nafter\n")
+    with pytest.raises(EvalError, match="has no lines '<!-- quality-x -->'"):
+        embed(path, "quality-x", "")
+
+
+def test_readme_shows_the_table() -> None:
+    """``run.py --readme README.md`` has been run since the table changed."""
+    rows = Table(ROOT / "benchmarks" / "results" / "quality-manllama-16m.csv").rows
+    assert rows
+    assert f"\n{markdown_comparisons(rows)}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_frontier() -> None:

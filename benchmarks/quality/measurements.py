@@ -243,6 +243,21 @@ def markdown_comparisons(rows: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
+def embed(path: Path, name: str, content: str) -> None:
+    """Replace what is between the lines ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of a Markdown file.  Raises
+    ``EvalError`` if they are not there, ``OutputError``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvalError(str(error), file=path) from None
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise EvalError(f"has no lines '{begin.strip()}' and '{end.strip()}'", file=path)
+    _replace(path, f"{before}{begin}\n{content}\n\n{end}{after}")
+
+
 def frontier(points: Iterable[Row]) -> list[Row]:
     """The rows that no smaller or equally large one of ``points`` matches in KL divergence, by file size."""
     best: list[Row] = []

@@ -34,6 +34,7 @@ from measurements import (
     Recipe,
     Row,
     Table,
+    embed,
     markdown,
     markdown_comparisons,
     recipes,
@@ -44,7 +45,7 @@ from ccq_converters import calibrate, evaluate, hf2gguf, imatrix, llama
 from ccq_converters.hessian import Hessians
 from ccq_converters.plan import QuantOptions, format_bytes, make_plan
 from ccq_converters.quantize import sources_of
-from ccq_format.errors import CcqError, EvalError
+from ccq_format.errors import CcqError, EvalError, PlanError
 from ccq_format.gguf_io import open_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -60,7 +61,8 @@ class Settings:
     calibration: Path | None
     out: Path
     csv: Path
-    plot: Path | None
+    plot: Path
+    readme: Path | None
     ctx: int
     windows: int | None
     calibration_windows: int
@@ -143,13 +145,21 @@ class Bench:
         hf2gguf.convert(s.model, path, options)
 
     def measure(self, recipe: Recipe) -> Iterator[Row]:
-        """Make the file of ``recipe`` and yield its row, and that of the base model."""
+        """Make the file of ``recipe`` and yield its row, and that of the base model.  Raises ``PlanError`` if no matrix
+        of the model can have the type."""
         s = self.settings
         path = s.out / f"{recipe.name}-{recipe.setting}.gguf"
         _ = self.base_file, recipe.setting == NONE or self.data  # not part of the time
         start = time.process_time()
         self.make(recipe, path)
         seconds = time.process_time() - start
+        model = open_model(path)
+        tensors = [t for t in model.tensors if t.name in self.matrices]
+        weights = sum(t.n_weights for t in tensors)
+        others = [t.type_name for t in tensors if t.type_name != recipe.name] if recipe.pure else []
+        note = f"{len(others)} of {len(tensors)} matrices are {', '.join(sorted(set(others)))}" if others else ""
+        if len(others) == len(tensors):
+            raise PlanError(f"left out: no row length of the model fits the type, {note}", file=path)
         if self.base is not None:
             result = evaluate.compare(path, self.base, threads=s.threads)
         else:
@@ -157,11 +167,6 @@ class Bench:
             result = evaluate.evaluate(
                 path, text, base_path=self.base_file, n_ctx=s.ctx, threads=s.threads, max_windows=s.windows
             )
-        model = open_model(path)
-        tensors = [t for t in model.tensors if t.name in self.matrices]
-        weights = sum(t.n_weights for t in tensors)
-        others = [t.type_name for t in tensors if t.type_name != recipe.name] if recipe.pure else []
-        note = f"{len(others)} of {len(tensors)} matrices are {', '.join(sorted(set(others)))}" if others else ""
         stock = f"llama-cpp-python {version('llama-cpp-python')}"
         assert result.kld_mean is not None
         assert result.ppl_base is not None
@@ -267,23 +272,29 @@ def run(settings: Settings) -> None:
     bench = Bench(settings)
     for number, recipe in enumerate(todo, 1):
         start = time.perf_counter()
-        for row in bench.measure(recipe):
-            if row.family != BASE or row.key not in table.rows:
-                table.put(row)
+        try:
+            for row in bench.measure(recipe):
+                if row.family != BASE or row.key not in table.rows:
+                    table.put(row)
+        except PlanError as error:
+            click.echo(f"[{number}/{len(todo)}] {recipe.key}: {error}")
+            continue
         row = table.rows[recipe.key]
         click.echo(
             f"[{number}/{len(todo)}] {recipe.key}: {row.matrix_bpw:.4g} bits, perplexity {row.ppl:.4f}, "
             f"KL divergence {row.kld:.5f} ({time.perf_counter() - start:.0f} s) {row.note}"
         )
-    if settings.plot is not None:
-        try:
-            import plot
-        except ImportError as error:
-            click.echo(f"No plot: {error} (pip install '.[bench]')")
-        else:
-            plot.draw(table.sorted(), settings.plot)
-            click.echo(f"Drawn: {settings.plot}")
-    click.echo(f"\n{markdown(table.sorted())}\n\n{markdown_comparisons(table.rows)}")
+    try:
+        import plot
+    except ImportError as error:
+        click.echo(f"No plot: {error} (pip install '.[bench]')")
+    else:
+        plot.draw(table.sorted(), settings.plot)
+        click.echo(f"Drawn: {settings.plot}")
+    comparisons = markdown_comparisons(table.rows)
+    if settings.readme is not None:
+        embed(settings.readme, settings.csv.stem, comparisons)
+    click.echo(f"\n{markdown(table.sorted())}\n\n{comparisons}")
 
 
 def main() -> None:
@@ -295,6 +306,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("quality-out"), help="folder for the files  [quality-out]")
     parser.add_argument("--csv", type=Path, help="table to add to  [OUT/quality.csv]")
     parser.add_argument("--plot", type=Path, help="SVG file to draw  [the table's name with .svg]")
+    parser.add_argument("--readme", type=Path, help="Markdown file to put the comparisons in, between its two marks")
     parser.add_argument("--ctx", type=int, default=256, help="tokens per window  [256]")
     parser.add_argument("--windows", type=int, help="score only the first windows, half a context each  [all]")
     parser.add_argument("--calibration-windows", type=int, default=256, help="windows of calibration text  [256]")
