@@ -129,4 +129,14 @@ CCQ_VITERBI_INLINE void lower_metrics(uint16_t * metric, int n) {
     }
 }
 
+CCQ_VITERBI_INLINE void coupled_move(const int16_t * restrict old, int32_t error, const int16_t * restrict row,
+                                     int first, int16_t * restrict now) {
+    const __m256i factor = _mm256_set1_epi16((int16_t)error);
+    for (int j = first; j < CCQ_GROUP; j += 16) {
+        const __m256i move = _mm256_mulhrs_epi16(factor, _mm256_loadu_si256((const __m256i *)(row + j)));
+        const __m256i sum = _mm256_adds_epi16(_mm256_loadu_si256((const __m256i *)(old + j)), move);
+        _mm256_storeu_si256((__m256i *)(now + j), sum);
+    }
+}
+
 #endif
