@@ -92,6 +92,8 @@ typedef struct {
     const float * x;
     const float * w;                  /* NULL: all ones */
     const int16_t * factor;           /* ccq_step_cost's; NULL: all CCQ_FACTOR_ONE */
+    float unit[CCQ_GROUP];            /* of its x, by the factors, */
+    float bound[CCQ_GROUP];           /* and the bound on that */
     int16_t units[CCQ_GROUP];         /* ccq_step_cost's x for the pass under way */
     double cost[SCALE_BYTES];         /* of the open pass, by scale byte; < 0: not run, INFINITY: closed since */
     int32_t seam_state[SCALE_BYTES];  /* what that pass found at the seam */
@@ -105,15 +107,26 @@ static int32_t states_before(const search * s, int step) {
     return CCQ_TRELLIS_LEVELS >> s->trellis->stride[(step + 1) & 1];
 }
 
+/* The nearest integer (one of them), but at most `bound` in magnitude; bound < 32768.  No floorf, which takes dozens of
+ * instructions where the target has no rounding ones. */
+static int16_t nearest(float value, float bound) {
+    const float bounded = value < -bound ? -bound : value > bound ? bound : value;
+    return (int16_t)((int32_t)(bounded + 32768.5f) - 32768);
+}
+
 /* ccq_step_cost's x at this scale; in units of the levels, exact values of a block at this scale are exact integers. */
 static void set_units(search * s, int32_t byte) {
     const float scale = ccq_t_scale((uint8_t)byte);
+    for (int t = 0; t < CCQ_GROUP; t++) { s->units[t] = nearest(s->x[t] / scale * s->unit[t], s->bound[t]); }
+}
+
+/* Use these factors from now on. */
+static void set_factor(search * s, const int16_t * factor) {
+    s->factor = factor;
     for (int t = 0; t < CCQ_GROUP; t++) {
-        const int32_t factor = s->factor ? s->factor[t] : CCQ_FACTOR_ONE;
-        const float bound = (float)ccq_value_bound(factor);
-        const float unit = (float)(factor <= CCQ_FACTOR_SCALED ? factor : CCQ_FACTOR_ONE);
-        const float value = floorf(s->x[t] / scale * unit + 0.5f);
-        s->units[t] = (int16_t)(value < -bound ? -bound : value > bound ? bound : value);
+        const int32_t f = factor ? factor[t] : CCQ_FACTOR_ONE;
+        s->unit[t] = (float)(f <= CCQ_FACTOR_SCALED ? f : CCQ_FACTOR_ONE);
+        s->bound[t] = (float)ccq_value_bound(f);
     }
 }
 
@@ -133,17 +146,15 @@ static int32_t trace(search * s, int first, int32_t state) {
         const int32_t mask = states_before(s, t) - 1;
         const int32_t factor = s->factor ? s->factor[t] : CCQ_FACTOR_ONE;
         const uint16_t * metric = trellis->metric[i];
-        int32_t best = INT32_MAX, best_window = 0;
+        int32_t best = INT32_MAX; /* cost << 3 | p: the least of all without a branch, which would be hard to predict */
         for (int32_t p = 0; p < 1 << stride; p++) {
             const int32_t window = (state << stride) | p;
             const int32_t cost = metric[window & mask] + ccq_step_cost(s->units[t], factor, trellis->level[window]);
-            if (cost < best) {
-                best = cost;
-                best_window = window;
-            }
+            best = (cost << 3 | p) < best ? cost << 3 | p : best;
         }
-        s->window[t] = (uint16_t)best_window;
-        state = best_window & mask;
+        const int32_t window = (state << stride) | (best & 7);
+        s->window[t] = (uint16_t)window;
+        state = window & mask;
     }
     return state;
 }
@@ -303,13 +314,13 @@ static void search_given(search * s, int32_t byte, const plan * how) {
         int16_t sharp[CCQ_GROUP];
         for (int t = 0; t < CCQ_GROUP; t++) { sharp[t] = 2 * CCQ_FACTOR_SCALED; }
         const int16_t * factor = s->factor;
-        s->factor = sharp;
+        set_factor(s, sharp);
         for (int seam = 0; seam < CCQ_GROUP && s->best_error > 0; seam += CCQ_GROUP / 8) {
             int32_t state;
             if (open_pass(s, byte, seam, &state) > 0) { break; }
             closed_pass(s, byte, seam, state);
         }
-        s->factor = factor;
+        set_factor(s, factor);
     }
     for (int i = 0; i < how->given && s->best_error > 0; i++) {
         int32_t state;
@@ -345,10 +356,7 @@ static void set_rows(ccq_coupled * c, const float * coupling) {
         int shift = 0;
         while (shift < 14 && top > 0.999f * (float)(1 << shift)) { shift++; }
         const float unit = 32768.0f / (float)(1 << shift);
-        for (int j = 0; j < CCQ_GROUP; j++) {
-            const float value = floorf(row[j] * unit + 0.5f);
-            c->row[t][j] = (int16_t)(value < -32767.0f ? -32767.0f : value > 32767.0f ? 32767.0f : value);
-        }
+        for (int j = 0; j < CCQ_GROUP; j++) { c->row[t][j] = nearest(row[j] * unit, INT16_MAX); }
         c->shift[t] = shift;
     }
 }
@@ -360,8 +368,7 @@ static void coupled_pass(search * s, int32_t byte, int32_t state, int32_t surviv
     int16_t x[CCQ_GROUP], units[CCQ_GROUP], factor[CCQ_GROUP];
     set_units(s, byte);
     for (int t = 0; t < CCQ_GROUP; t++) {
-        const float value = floorf(s->x[t] / scale * (float)CCQ_FACTOR_ONE + 0.5f);
-        x[t] = (int16_t)(value < -32767.0f ? -32767.0f : value > 32767.0f ? 32767.0f : value);
+        x[t] = nearest(s->x[t] / scale * (float)CCQ_FACTOR_ONE, INT16_MAX);
         units[CCQ_GROUP - 1 - t] = s->units[t];
         factor[CCQ_GROUP - 1 - t] = s->factor ? s->factor[t] : CCQ_FACTOR_ONE;
     }
@@ -468,10 +475,8 @@ void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis
                 .best_byte = -1};
     for (int byte = 0; byte < SCALE_BYTES; byte++) { s.cost[byte] = -1; }
     int16_t step_factors[CCQ_GROUP];
-    if (weighted) {
-        set_factors(factors, step_factors);
-        s.factor = step_factors;
-    }
+    if (weighted) { set_factors(factors, step_factors); }
+    set_factor(&s, weighted ? step_factors : NULL);
     const plan * how = &PLANS[effort];
     if (coupling != NULL) {
         power = coupled_error(&s, NULL, 0.0f);

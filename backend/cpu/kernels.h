@@ -37,7 +37,7 @@ typedef struct ccq_trellis {
     int8_t level[CCQ_TRELLIS_LEVELS];                   /* by window */
     int16_t levels[2][CCQ_TRELLIS_LEVELS];              /* of even and odd steps */
     int16_t scaled[2][CCQ_TRELLIS_LEVELS];              /* CCQ_FACTOR_ONE times that */
-    uint16_t sorted[CCQ_TRELLIS_STATES];                /* the metrics entering a step, split by predecessor */
+    uint16_t sorted[CCQ_TRELLIS_STATES];                /* scalar: the metrics entering a step, by predecessor */
     uint16_t metric[CCQ_GROUP + 1][CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
 } ccq_trellis;
 
