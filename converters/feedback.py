@@ -12,8 +12,8 @@ bytes depend neither on how many rows are encoded at a time nor on the number of
 
 Measured: mean KL divergence of CCQ_T2 from f32 with all matrices of a 4 M Llama encoded (10240 tokens; inputs of 65 k
 others): 0.0810 with importance alone, 0.0657 with feedback between blocks (at a gain of 1), 0.0561 with feedback inside
-them as well (256 ways were 128 there, and one scale was tried instead of three).  Blocks in the order of decreasing
-activations leave 1 to 2 % less to the last columns than blocks in their own order: not worth a permutation.
+them as well (by a slower search with about as much error).  Blocks in the order of decreasing activations leave 1 to 2 %
+less to the last columns than blocks in their own order: not worth a permutation.
 
 Sources: Frantar et al., arXiv 2210.17323 (GPTQ); Chee et al., arXiv 2307.13304 (LDLQ).
 """

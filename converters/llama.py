@@ -1,4 +1,4 @@
-"""A thin layer over the low-level API of llama-cpp-python: load a model in stock llama.cpp, tokenize, decode.
+"""A thin layer over the low-level API of llama-cpp-python: load a model in stock llama.cpp, tokenize, decode, quantize.
 
 ``llama_cpp`` is imported only when a model is opened: it is an optional dependency, and importing it maps its
 libraries into the process.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import secrets
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from ccq_format.errors import EvalError
 from ccq_format.gguf_io import open_model
 
+from .imatrix import Importance
 from .plan import cpu_count
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,28 @@ _N_UBATCH = 512
 
 _LOG_LEVEL_ERROR = 4
 """``GGML_LOG_LEVEL_ERROR``; llama-cpp-python's own table of levels is that of an older ggml."""
+
+STOCK_FILE_TYPES = {
+    "q2_k": "Q2_K",
+    "q3_k": "Q3_K_S",
+    "q4_k": "Q4_K_S",
+    "q5_k": "Q5_K_S",
+    "q6_k": "Q6_K",
+    "iq1_s": "IQ1_S",
+    "iq1_m": "IQ1_M",
+    "iq2_xxs": "IQ2_XXS",
+    "iq2_xs": "IQ2_XS",
+    "iq2_s": "IQ2_M",
+    "iq3_xxs": "IQ3_XXS",
+    "iq3_s": "IQ3_S",
+    "iq4_xs": "IQ4_XS",
+    "iq4_nl": "IQ4_NL",
+    "q4_0": "Q4_0",
+    "q5_0": "Q5_0",
+    "q8_0": "Q8_0",
+}
+"""The ``llama_ftype`` whose default type each type is (``llama_ftype_get_default_type``): the mixture IQ2_S is mostly
+IQ2_XS, and IQ2_M is the one built on IQ2_S."""
 
 _error_lines: list[str] = []
 _callback: Any = None
@@ -70,6 +95,52 @@ def load_plugin_for(*paths: str | os.PathLike[str]) -> None:
         import ccq_backend
 
         ccq_backend.load_plugin()
+
+
+def stock_quantize(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    type_name: str,
+    *,
+    importance: Importance | None = None,
+    threads: int = 0,
+) -> None:
+    """llama.cpp's own quantization of a GGUF file with the treatment of our pure plans: embedding and output q8_0, all
+    other matrices ``type_name``, one of ``STOCK_FILE_TYPES`` (``llama-quantize --pure``).
+
+    ``importance`` is handed over as llama-quantize does it: sums over counts, 1 for an expert without inputs.  A row
+    length that does not fit the type gets another one, as llama.cpp's rules say: read the file's types back.
+    ``threads`` <= 0 means one per CPU.  Replaces ``out``, which appears only when it is complete.
+
+    Raises ``EvalError`` with llama.cpp's reason if it refuses, for example the IQ1 and IQ2 types without importance.
+    """
+    lib = library()
+    params = lib.llama_model_quantize_default_params()
+    params.nthread = threads if threads > 0 else cpu_count()
+    params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{STOCK_FILE_TYPES[type_name]}")
+    params.output_tensor_type = params.token_embedding_type = lib.GGML_TYPE_Q8_0
+    params.pure = True
+    means: list[tuple[bytes, NDArray[np.float32]]] = []
+    if importance is not None:
+        for name, entry in importance.entries.items():
+            sums, counts = entry.sums.reshape(entry.counts.size, -1), entry.counts.astype(np.float32)[:, None]
+            means.append((name.encode(), np.divide(sums, counts, out=np.ones_like(sums), where=counts > 0)))
+        # An entry without a name ends the list.
+        data = (lib.llama_model_imatrix_data * (len(means) + 1))()
+        for slot, (tensor, values) in zip(data, means, strict=False):
+            slot.name, slot.size = tensor, values.size
+            slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        params.imatrix = data
+    out = Path(out)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    _error_lines.clear()
+    try:
+        if lib.llama_model_quantize(os.fsencode(source), os.fsencode(temporary), params):
+            reason = _error_lines[-1] if _error_lines else "no reason given"
+            raise EvalError(f"llama.cpp could not quantize the model to {type_name}: {reason}", file=source)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class LlamaModel:

@@ -32,26 +32,13 @@ ROUNDS = 5
 """Times each file generates the same text; the fastest counts, as other work on the machine only slows down."""
 
 
-def stock_quantize(source: Path, out: Path, threads: int) -> None:
-    """llama.cpp's own Q2_K of ``source`` with the treatment of our default plan: embedding and output q8_0, all other
-    matrices the type.  (Row lengths must be multiples of 256, or llama.cpp falls back to larger types.)"""
-    lib = llama.library()
-    params = lib.llama_model_quantize_default_params()
-    params.nthread = threads
-    params.ftype = lib.LLAMA_FTYPE_MOSTLY_Q2_K
-    params.output_tensor_type = params.token_embedding_type = lib.GGML_TYPE_Q8_0
-    params.pure = True
-    if lib.llama_model_quantize(str(source).encode(), str(out).encode(), params):
-        raise CcqError("llama.cpp could not quantize the model", file=source)
-
-
 def convert(folder: Path, threads: int) -> dict[str, Path]:
-    """All files of the comparison, by type."""
+    """All files of the comparison, by type; llama.cpp's own Q2_K gets the treatment of our default plan."""
     files = {name: folder / f"manllama-4m-{name}.gguf" for name in TYPES}
     for name, path in files.items():
         start = time.perf_counter()
         if name == "q2_k":
-            stock_quantize(files[BASE], path, threads)
+            llama.stock_quantize(files[BASE], path, name, threads=threads)
         else:
             hf2gguf.convert(MODEL, path, QuantOptions(name, threads=threads, overwrite=True))
         click.echo(f"  {path.name}: {format_bytes(path.stat().st_size)} in {time.perf_counter() - start:.1f} s")

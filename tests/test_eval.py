@@ -37,11 +37,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = {name: folder / f"{name}.gguf" for name in ("f16", "q8_0", "q2_k", "bos")}
     for name in ("f16", "q8_0"):
         hf2gguf.convert(EXAMPLES / "manllama-4m", out[name], QuantOptions(name))
-    lib = llama.library()
-    params = lib.llama_model_quantize_default_params()
-    params.ftype, params.pure = lib.LLAMA_FTYPE_MOSTLY_Q2_K, True
-    params.output_tensor_type = params.token_embedding_type = lib.GGML_TYPE_Q8_0
-    assert lib.llama_model_quantize(str(out["f16"]).encode(), str(out["q2_k"]).encode(), params) == 0
+    llama.stock_quantize(out["f16"], out["q2_k"], "q2_k")
     model = open_model(out["f16"])
     model.fields.pop("tokenizer.ggml.add_bos_token")
     write_model(
@@ -214,3 +210,17 @@ def _other_vocabulary(path: Path, folder: Path) -> Path:
     out = folder / "other.gguf"
     write_model(out, arch=model.arch, copy_from=model, sources=sources_of(model), options=QuantOptions("f16"))
     return out
+
+
+@pytest.mark.parametrize("n_ctx", [256, 3000])
+def test_a_recorded_base_gives_the_same_figures(files: dict[str, Path], text: str, tmp_path: Path, n_ctx: int) -> None:
+    windows = 9 if n_ctx == 256 else 2  # more than one batch of parallel windows, or several batches per window
+    beside = evaluate.evaluate(
+        files["q2_k"], text, base_path=files["q8_0"], n_ctx=n_ctx, max_windows=windows, threads=1
+    )
+    base = evaluate.record_base(files["q8_0"], text, tmp_path, n_ctx=n_ctx, max_windows=windows, threads=1)
+    assert base.scored == beside.scored
+    assert evaluate.compare(files["q2_k"], base, threads=1) == beside
+    assert not list(tmp_path.iterdir())  # the file has no name
+    with pytest.raises(EvalError, match="vocabulary differs"):
+        evaluate.compare(_other_vocabulary(files["f16"], tmp_path), base)

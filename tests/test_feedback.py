@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kernels_common import levels_and_scales
 from numpy.typing import NDArray
 
 import ccq_backend
@@ -162,18 +163,40 @@ def test_damaged_hessian(change: str) -> None:
         factorize(_bad(change), layouts.by_name("ccq_t2"))
 
 
+def counted(x: F32, coupling: F32, layout: layouts.Layout, effort: str, coupled: bool = True) -> F64:
+    """What a coupling ``[1, 64, 64]`` counts of each row's errors, encoded with it or without."""
+    blocks = ccq_backend.encode(layout, x, coupling=coupling if coupled else None, effort=effort)
+    error = x.astype(np.float64) - ccq_backend.decode(layout, blocks)
+    total: F64 = np.square(error + error @ coupling[0].astype(np.float64)).sum(axis=1)
+    return total
+
+
+def random_coupling(size: float) -> F32:
+    return np.triu(np.random.default_rng(4).normal(0, size, (1, 64, 64)), 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("layout", T_TYPES, ids=lambda layout: layout.name)
+def test_coupling_lowers_what_it_counts_and_more_so_with_effort(layout: layouts.Layout) -> None:
+    x, coupling = gaussian(96, 64), random_coupling(0.15)
+    fast, default, best = (counted(x, coupling, layout, effort).sum() for effort in ("fast", "default", "best"))
+    assert best < default < fast < 0.85 * counted(x, coupling, layout, "default", coupled=False).sum()
+
+
 @pytest.mark.parametrize("effort", list(ccq_backend.EFFORTS))
-@pytest.mark.parametrize("size", [0.1, 10.0, 1e18, 1e30])
-def test_coupling_never_raises_what_it_counts(size: float, effort: str) -> None:
-    """Not even where single-precision costs overflow in the search."""
-    layout, x = layouts.by_name("ccq_t2"), gaussian(3, 64)
-    coupling = np.triu(np.random.default_rng(4).normal(0, size, (1, 64, 64)), 1).astype(np.float32)
-    counted = []
-    for given in (coupling, None):
-        blocks = ccq_backend.encode(layout, x, coupling=given, effort=effort)
-        error = x.astype(np.float64) - ccq_backend.decode(layout, blocks)
-        counted.append(np.square(error + error @ coupling[0].astype(np.float64)).sum(axis=1))
-    assert (counted[0] <= counted[1]).all()
+@pytest.mark.parametrize("size", [10.0, 1e18, 1e30])
+def test_large_couplings_never_raise_what_they_count(size: float, effort: str) -> None:
+    """Not even where targets and costs leave the search's integers."""
+    layout, x, coupling = layouts.by_name("ccq_t2"), gaussian(3, 64), random_coupling(size)
+    assert (counted(x, coupling, layout, effort) <= counted(x, coupling, layout, effort, coupled=False)).all()
+
+
+@pytest.mark.parametrize("layout", T_TYPES, ids=lambda layout: layout.name)
+def test_decoded_blocks_are_found_again_at_their_scale(layout: layouts.Layout) -> None:
+    blocks = ccq_backend.encode(layout, gaussian(8, 64))
+    decoded = ccq_backend.decode(layout, blocks)
+    scales = np.stack([levels_and_scales(layout, row)[1] for row in blocks])
+    again = ccq_backend.encode(layout, decoded, scales=scales, coupling=random_coupling(0.1))
+    assert np.array_equal(ccq_backend.decode(layout, again), decoded)
 
 
 def test_coupling_is_checked() -> None:

@@ -123,6 +123,7 @@ static ccq_status run_job(job * j, int32_t n) {
                     break;
                 }
                 workers[ready].coupled = memory;
+                ccq_coupled_init(workers[ready].coupled, workers[ready].trellis);
             }
         }
     }

@@ -37,18 +37,25 @@ typedef struct ccq_trellis {
     int8_t level[CCQ_TRELLIS_LEVELS];                   /* by window */
     int16_t levels[2][CCQ_TRELLIS_LEVELS];              /* of even and odd steps */
     int16_t scaled[2][CCQ_TRELLIS_LEVELS];              /* CCQ_FACTOR_ONE times that */
-    uint16_t sorted[CCQ_TRELLIS_STATES];                /* the metrics entering a step, split by predecessor */
+    uint16_t sorted[CCQ_TRELLIS_STATES];                /* scalar: the metrics entering a step, by predecessor */
     uint16_t metric[CCQ_GROUP + 1][CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
 } ccq_trellis;
 
-/* Working memory of one encoder thread's searches with coupled errors (coupled.inl). */
+enum { CCQ_COUPLED_KEPT = 256 };
+
+/* Working memory of one encoder thread's searches with coupled errors (coupled.inl).  The reversed trellis passes the
+ * same cycles backwards: windows and states have their bits in reverse order, step i is step 63 - i of the block. */
 typedef struct ccq_coupled {
-    float owed[2][CCQ_TRELLIS_STATES][CCQ_GROUP]; /* before even and odd steps: added to the targets, by state */
-    float metric[CCQ_TRELLIS_STATES];
-    float split_metric[CCQ_TRELLIS_STATES];
-    float split_target[CCQ_TRELLIS_STATES];
-    int32_t chosen[CCQ_TRELLIS_STATES];
-    uint8_t way[CCQ_GROUP][CCQ_TRELLIS_STATES];
+    ccq_trellis reversed;
+    uint16_t reverse[CCQ_TRELLIS_LEVELS];           /* windows with their bits in reverse order */
+    const float * coupling;                         /* which one lies in row: it stays as it is for all blocks */
+    int16_t row[CCQ_GROUP][CCQ_GROUP];              /* the coupling, rows in units of 2^(shift - 15) */
+    int32_t shift[CCQ_GROUP];
+    int16_t target[2][CCQ_COUPLED_KEPT][CCQ_GROUP]; /* of the survivors before even and odd steps, 1/64 level */
+    uint16_t state[2][CCQ_COUPLED_KEPT];
+    int32_t metric[2][CCQ_COUPLED_KEPT];
+    uint16_t found[CCQ_TRELLIS_STATES];             /* the last step after which a state had a survivor << 8 | which */
+    uint32_t back[CCQ_GROUP][CCQ_COUPLED_KEPT];     /* of each survivor after a step: its window, its parent << 16 */
 } ccq_coupled;
 
 /* The kernels of one instruction set.  Pointers are valid and counts whole blocks: the entry points check. */
@@ -66,9 +73,10 @@ typedef struct ccq_kernels {
     /* One pass of the Viterbi algorithm over the 64 steps that start at step `first` of the block and wrap around.
      * metric[0] is given; fills metric[1..64].  The meaning of x and factor (NULL for all ones) is ccq_step_cost's. */
     void (*viterbi)(ccq_trellis * trellis, const int16_t * x, const int16_t * factor, int32_t first);
-    /* The best cycle through `state` before step 0 where errors are coupled: see coupled.inl. */
-    void (*coupled)(const ccq_trellis * trellis, ccq_coupled * coupled, const float * x, const float * w,
-                    const float * coupling, int32_t state, uint16_t * window);
+    /* A good cycle through `state` before step 0 where errors are coupled, from coupled->reversed.metric: see
+     * coupled.inl. */
+    void (*coupled)(ccq_coupled * coupled, const int16_t * x, const int16_t * factor, int32_t keep, int32_t state,
+                    uint16_t * window);
 } ccq_kernels;
 
 extern const ccq_kernels ccq_kernels_scalar;
@@ -123,6 +131,7 @@ static inline int32_t ccq_step_cost(int32_t x, int32_t factor, int32_t level) {
 
 /* Fill the tables for the type at `index` (a T type). */
 void ccq_trellis_init(ccq_trellis * trellis, int32_t index);
+void ccq_coupled_init(ccq_coupled * coupled, const ccq_trellis * trellis);
 
 /* Encode 64 weights; w is NULL for all ones; coupled and coupling (64 x 64, as in ccq.h) are NULL where errors are
  * independent; scale_byte < 0: searched; effort is a ccq_effort. */

@@ -183,13 +183,13 @@ static void lower_metrics(uint16_t * metric, int n) {
     static __attribute__((noinline)) void step_##before##after(ccq_trellis * trellis, int parity, const uint16_t * in, \
                                                                uint16_t * out, int32_t x, int32_t factor) {            \
         const int16_t * levels = trellis->levels[parity];                                                              \
-        const int16_t * scaled = trellis->scaled[parity];                                                      \
+        const int16_t * scaled = trellis->scaled[parity];                                                              \
         if (factor == CCQ_FACTOR_ONE) {                                                                                \
-            viterbi_step(in, trellis->sorted, out, scaled, before, after, x, factor, COST_PLAIN);                  \
+            viterbi_step(in, out, scaled, before, after, x, factor, COST_PLAIN);                                       \
         } else if (factor <= CCQ_FACTOR_SCALED) {                                                                      \
-            viterbi_step(in, trellis->sorted, out, levels, before, after, x, factor, COST_SCALED);                     \
+            viterbi_step(in, out, levels, before, after, x, factor, COST_SCALED);                                      \
         } else {                                                                                                       \
-            viterbi_step(in, trellis->sorted, out, scaled, before, after, x, factor, COST_BOUNDED);                \
+            viterbi_step(in, out, scaled, before, after, x, factor, COST_BOUNDED);                                     \
         }                                                                                                              \
     }
 #endif

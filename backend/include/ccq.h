@@ -76,7 +76,7 @@ typedef struct ccq_encode_params {
  *
  * With a coupling, the row e of the 64 errors w - decoded of the i-th block of every row of the matrix counts as
  * sum(importance * (e + e U)^2) instead, U being the i-th 64 x 64 row-major matrix: what earlier errors add to later
- * ones.  U must be finite and zero on and below its diagonal (CCQ_ERR_ARGUMENT).  Takes about 15 times as long. */
+ * ones.  U must be finite and zero on and below its diagonal (CCQ_ERR_ARGUMENT).  Takes two to three times as long. */
 ccq_status ccq_encode(int32_t type, const float * weights, int64_t n_rows, int64_t n_cols,
                       const ccq_encode_params * params, void * blocks);
 
