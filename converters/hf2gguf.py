@@ -29,6 +29,8 @@ _FILE_TYPES = {
     "f16": gguf.LlamaFileType.MOSTLY_F16,
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q5_0": gguf.LlamaFileType.MOSTLY_Q5_0,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 """``general.file_type``; there is no number for a CCQ file, and llama.cpp then counts the tensors' types itself."""
 

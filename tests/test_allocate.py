@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from hypothesis import strategies as st
 
 from ccq_converters import allocate, imatrix
 from ccq_converters.allocate import choose, measure
-from ccq_converters.cli import main
+from ccq_converters.cli import _size, main
 from ccq_converters.encode import encode_rows
 from ccq_converters.mixtures import LADDER
 from ccq_converters.plan import QuantOptions, TensorSource, row_bytes
 from ccq_format import codec, layouts
 from ccq_format.errors import ImportanceError, PlanError, WeightsError
 from ccq_format.gguf_io import ModelWriter, open_model
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "manllama-4m"
 
 Curve = tuple[list[int], list[float]]
 
@@ -334,8 +337,6 @@ def test_patterns_pin_tensors(model: Path, tmp_path: Path) -> None:
 def test_targets_out_of_reach(model: Path, tmp_path: Path, args: tuple[str, ...], message: str) -> None:
     result = run("quantize", model, "-o", tmp_path / "out.gguf", "--threads", 1, *args)
     assert result.exit_code == 1
-    import re
-
     assert re.search(message, result.stderr), result.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -350,6 +351,34 @@ def test_the_range_in_the_message_can_be_reached(model: Path, tmp_path: Path) ->
         # The largest file has no CCQ tensor and not the keys of one, which the plan counts.
         assert size - (0 if step < 0 else 128) <= out.stat().st_size <= size
         assert run("quantize", model, "-o", out, "--target-size", size + step, "--overwrite").exit_code == 1
+
+
+def test_a_folder_to_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The metadata that hf2gguf makes, tokenizer and all, counts."""
+    monkeypatch.setattr(allocate, "SAMPLE", 1 << 12)
+    out = tmp_path / "out.gguf"
+    result = run("hf2gguf", EXAMPLE, "-o", out, "--target-size", "1.5MB", "--threads", 1, "--effort", "fast")
+    assert result.exit_code == 0, result.output
+    assert 1_480_000 < out.stat().st_size <= 1_500_000
+    types = types_of(out)
+    assert types["token_embd.weight"] == "ccq_t3"  # the output matrix, too
+    assert "general.file_type" not in open_model(out).metadata
+
+
+def test_interrupted_while_measuring(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def interrupt(source: TensorSource, options: QuantOptions) -> allocate.Choices:
+        done.append(source.name)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return measure(source, options)
+
+    monkeypatch.setattr(allocate, "measure", interrupt)
+    result = run("quantize", model, "-o", tmp_path / "out.gguf", "--target-size", 100_000, "--threads", 1)
+    assert result.exit_code == 130
+    assert done == list(FREE[:3])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_exactly_one_wish(model: Path) -> None:
@@ -378,8 +407,6 @@ def test_sizes(model: Path, size: str) -> None:
     [("1.5kB", 1500), ("1.5KiB", 1536), ("0.001 gb", 10**6), (".5MiB", 1 << 19), ("7", 7), ("7B", 7)],
 )
 def test_units(text: str, nbytes: int) -> None:
-    from ccq_converters.cli import _size
-
     assert _size(None, None, text) == nbytes  # type: ignore[arg-type]
 
 
