@@ -20,61 +20,58 @@ _LARGEST = {"f16": _F16_MAX, "q8_0": _F16_MAX * 127, "q5_0": _F16_MAX * 16, "q4_
 
 def error_weights(
     x: NDArray[np.float32], importance: NDArray[np.float32] | None, layout: layouts.Layout
-) -> NDArray[np.float32]:
-    """Weights of the squared error of each element of ``x`` (float32 ``[rows, row_len]``), of the same shape.
+) -> NDArray[np.float32] | None:
+    """Weights of the squared error of each element of ``x`` (float32 ``[rows, row_len]``): float32 of the same shape or
+    of that of ``importance`` (``[row_len]`` or ``[rows, row_len]``), or ``None``, all alike.
 
-    :func:`magnitude_weights`, times ``importance^q`` where there is one (float32 ``[row_len]`` or ``[rows, row_len]``),
-    with q = 3/4 for the T types and llama.cpp's 1/2 for the P types.  Mean KL divergence of CCQ_T2 from f32 (4 M Llama,
-    10240 tokens, importance from 65 k others) with targets raised by 1.04 as in :func:`target_gain`: q = 1/2 0.0855,
-    3/4 0.0810, 1 0.0840; not raised, q = 1/2 0.0877, 3/4 0.0840.
+    T types: ``importance^(3/4)``.  P types: ``importance^(1/2)`` times :func:`magnitude_weights`, much as llama.cpp's.
+
+    Measured: mean KL divergence of CCQ_T2 from f32 with the gain of :func:`target_gain` (10 k tokens, importance from
+    32 k others), 16 M Llama: 0.0595, with weights ``(mean square of the row + x^2)^(1/4)`` besides 0.0630; without
+    importance 0.0664 and 0.0672.  Without the gain such weights help, because large weights shrink less.
     """
-    power = np.square(x, dtype=np.float32).mean(axis=1, keepdims=True, dtype=np.float32)
-    weights = magnitude_weights(x, power, layout)
+    if isinstance(layout.code, layouts.TrellisCode):
+        if importance is None:
+            return None
+        return np.power(importance, np.float32(0.75), dtype=np.float32)
+    weights = magnitude_weights(x, np.square(x, dtype=np.float32).mean(axis=1, keepdims=True, dtype=np.float32))
     if importance is not None:
-        exponent = np.float32(0.75 if isinstance(layout.code, layouts.TrellisCode) else 0.5)
-        weights = weights * np.power(importance, exponent, dtype=np.float32)
+        weights = weights * np.sqrt(importance, dtype=np.float32)
     return np.ascontiguousarray(weights, dtype=np.float32)
 
 
-def magnitude_weights(
-    x: NDArray[np.float32], power: NDArray[np.floating], layout: layouts.Layout
-) -> NDArray[np.float32]:
-    """What an element's own size adds to the weight of its error: ``(power + x^2)^p``, float32 like ``x``.
+def magnitude_weights(x: NDArray[np.float32], power: NDArray[np.floating]) -> NDArray[np.float32]:
+    """What an element's size adds to the weight of its error in a P type: ``sqrt(power + x^2)``, float32 like ``x``.
 
-    ``power`` is the mean square of each row ``[rows, 1]``; p = 1/2 for the P types and 1/4 for the T types.
-
-    p = 1/2 is llama.cpp's own weighting under its importance matrix (``sqrtf(sigma2 + x[i] * x[i])``): large weights
-    must not shrink.  Mean KL divergence to f16 without importance, 5080 tokens of technical English, for p = 0, 1/4
-    and 1/2; two Llama models of 4 and 16 million parameters:
-
-    ====================  ======  ======  ======
-    CCQ_P2_5, 4 M         0.1456  0.1392  0.1362
-    CCQ_P2, 16 M          0.1115  0.1013  0.0998
-    CCQ_T1_5, 4 M         0.2920  0.2735  0.2672
-    CCQ_T2, 4 M           0.0973  0.0930  0.1006
-    CCQ_T2, 16 M          0.0714  0.0677  0.0674
-    CCQ_T2_5, 4 M         0.0463  0.0437  0.0451
-    CCQ_T3, 4 M           0.0195  0.0209  0.0214
-    ====================  ======  ======  ======
+    ``power`` is the mean square of each row ``[rows, 1]``.  Mean KL divergence from f16 without importance, 5080
+    tokens: CCQ_P2_5, 4 M Llama, 0.1362 against 0.1456 with equal weights; CCQ_P2, 16 M Llama, 0.0998 against 0.1115.
     """
-    square = np.square(x, dtype=np.float32)
-    weights: NDArray[np.float32] = np.sqrt(square + power.astype(np.float32))
-    root: NDArray[np.float32] = np.sqrt(weights)
-    return root if isinstance(layout.code, layouts.TrellisCode) else weights
+    weights: NDArray[np.float32] = np.sqrt(np.square(x, dtype=np.float32) + power.astype(np.float32))
+    return weights
 
 
-def target_gain(layout: layouts.Layout, measured: bool) -> np.float32:
-    """What weights are multiplied by before they are encoded: 1, or a little more for a T type whose errors are
-    ``measured`` on data.
+def target_gain(layout: layouts.Layout) -> np.float32:
+    """What weights are multiplied by before they are encoded: ``1 + 4^-bpw`` for a T type, 1 for the others.
 
-    A nearest code word is shorter than its target, by the relative squared error D where errors are weighted equally,
-    and all matrices shrink together.  ``1 + 0.75 * 4^-bpw`` takes back about half of that, which serves best: CCQ_T2,
-    4 M Llama, importance with q = 1/2: 0.0877 at a gain of 1, 0.0855 at 1.04 and 0.0875 at 1.08.  Without data there
-    was nothing to gain (0.0992 and 0.0993).
+    A nearest code word is shorter than its target, by about the relative squared error.  Within one matrix that is a
+    small part of the error, but all matrices lose alike, and their losses add up through the model: decoded weights
+    must be as large as the original ones on average, even if the noise grows with them.  Mean KL divergence from f32,
+    10 k tokens (4 M: 20 k); gains of ``1 + c * 4^-bpw``:
+
+    ==================================  ======  ======  ======  ======  ======
+    Llama, data                         c = 0   0.75    1       1.25    1.5
+    ==================================  ======  ======  ======  ======  ======
+    CCQ_T2, 4 M, none                   0.1031          0.0903
+    CCQ_T2, 4 M, importance                     0.0817  0.0821
+    CCQ_T2, 16 M, none                                  0.0664  0.0653
+    CCQ_T2, 16 M, importance                    0.0612  0.0595  0.0602  0.0613
+    CCQ_T3, 16 M, none                  0.0156          0.0145
+    CCQ_T3, 16 M, importance                    0.0137          0.0135
+    ==================================  ======  ======  ======  ======  ======
     """
-    if not (measured and isinstance(layout.code, layouts.TrellisCode)):
+    if not isinstance(layout.code, layouts.TrellisCode):
         return np.float32(1)
-    return np.float32(1 + 0.75 * 4.0**-layout.bpw)
+    return np.float32(1 + 4.0**-layout.bpw)
 
 
 def rows_of_importance(
@@ -125,7 +122,7 @@ def encode_rows(
 
         layout = layouts.by_name(target)
         weights = error_weights(x, importance, layout)
-        raised = x * target_gain(layout, importance is not None)
+        raised = x * target_gain(layout)
         blocks: NDArray[np.uint8] = ccq_backend.encode(
             layout, raised, importance=weights, threads=threads, effort=effort
         )

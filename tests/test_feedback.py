@@ -41,9 +41,10 @@ def gaussian(rows: int, n: int, seed: int = 2) -> F32:
 
 def plain(x: F32, layout: layouts.Layout, column_weights: F32) -> NDArray[np.uint8]:
     """The encoder without feedback, in the same weighting."""
-    power = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
-    weights = magnitude_weights(x, power, layout) * column_weights
-    return ccq_backend.encode(layout, x * target_gain(layout, True), importance=weights)
+    weights = column_weights
+    if layout in P_TYPES:
+        weights = magnitude_weights(x, np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)) * column_weights
+    return ccq_backend.encode(layout, x * target_gain(layout), importance=weights)
 
 
 def layer_error(x: F32, blocks: NDArray[np.uint8], layout: layouts.Layout, hessian: F32) -> float:
