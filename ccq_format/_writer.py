@@ -98,6 +98,8 @@ class ModelWriter(Target):
         self.encoder = encoder if encoder is not None else f"ccq {__version__}"
         self.gguf: gguf.GGUFWriter = _GgufWriter(None, arch)
         """Takes metadata: every ``add_*`` call of ``gguf.GGUFWriter``.  Leave tensors and files to this class."""
+        self.header_bytes = 0
+        """Bytes before the first tensor, padding included; known after :meth:`begin`."""
         self._job = job
         self._partial: Partial | None = None
         self._file: BinaryIO | None = None
@@ -181,6 +183,7 @@ class ModelWriter(Target):
         metadata, tensors = self._header()
         header = metadata + tensors
         header += self._padding(len(header))
+        self.header_bytes = len(header)
         try:
             if self._job is not None:
                 digests = (DIGEST + hashlib.sha256(part).hexdigest() for part in (metadata, tensors))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +85,21 @@ def _overrides(_ctx: click.Context, _param: click.Parameter, values: tuple[str, 
     return pairs
 
 
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
+
+
+def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    """Bytes of ``3.5GB`` (10^9), ``3.5G`` (the same), ``3GiB`` (2^30) or a plain number."""
+    if value is None:
+        return None
+    match = _SIZE.fullmatch(value.strip())
+    if not match:
+        raise click.BadParameter(f"'{value}' is no size such as 3.5GB, 3GiB or 700M")
+    number, unit, binary = match.groups()
+    factor = (1024 if binary else 1000) ** ("kmgt".index(unit.lower()) + 1) if unit else 1
+    return int(Decimal(number) * factor)
+
+
 def _quant_options(command: _F) -> _F:
     """The options that hf2gguf and quantize share."""
     options = [
@@ -90,10 +107,26 @@ def _quant_options(command: _F) -> _F:
         click.option(
             "--type",
             "type_name",
-            required=True,
             metavar="TYPE",
             help="Type of the matrices: ccq_t1_5, ccq_t2, ccq_t2_5, ccq_t3, ccq_p2, ccq_p2_5, ccq_p2_75 (the prefix "
-            "may be left out), f32, f16, bf16 or q8_0.",
+            "may be left out), f32, f16, bf16, q8_0, q5_0 or q4_0; embedding and output become q8_0, or f32, f16 or "
+            "bf16 like the others. Or a mixture: ccq_t1_5_m, ccq_t2_m, ccq_t2_5_m, ccq_t3_m give the matrices that "
+            "matter most a larger type, and embedding and output smaller ones.",
+        ),
+        click.option(
+            "--target-bpw",
+            type=float,
+            metavar="X",
+            help="Instead of --type: types for all matrices that lose as little as possible at X bits per weight on "
+            "average (embedding and output, q8_0, not counted). What a type loses is measured on a part of each "
+            "matrix; how much that matters is known from an --imatrix with gradients.",
+        ),
+        click.option(
+            "--target-size",
+            metavar="SIZE",
+            callback=_size,
+            help="Instead of --type: the same for a file of at most SIZE bytes (such as 3.5GB, 3GiB, 700M), embedding "
+            "and output included.",
         ),
         click.option(
             "--tensor-type",
@@ -138,7 +171,9 @@ def _quant_options(command: _F) -> _F:
 
 def _options(
     output: Path | None,
-    type_name: str,
+    type_name: str | None,
+    target_bpw: float | None,
+    target_size: int | None,
     overrides: list[tuple[str, str]],
     imatrix: Path | None,
     hessian: Path | None,
@@ -148,8 +183,12 @@ def _options(
 ) -> tuple[Path, QuantOptions]:
     if output is None and not flags["dry_run"]:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    if sum(wish is not None for wish in (type_name, target_bpw, target_size)) != 1:
+        raise click.UsageError("Give exactly one of --type, --target-bpw and --target-size.")
     options = QuantOptions(
         type_name,
+        target_bpw=target_bpw,
+        target_size=target_size,
         imatrix=importance.load(imatrix) if imatrix is not None else None,
         hessian=hessians.Hessians(hessian) if hessian is not None else None,
         overrides=overrides,

@@ -12,7 +12,7 @@ from ccq_format.errors import ImportanceError, WeightsError
 from .plan import is_ccq
 
 _F16_MAX = 65504.0
-_LARGEST = {"f16": _F16_MAX, "q8_0": _F16_MAX * 127} | {
+_LARGEST = {"f16": _F16_MAX, "q8_0": _F16_MAX * 127, "q5_0": _F16_MAX * 16, "q4_0": _F16_MAX * 8} | {
     layout.name: layout.code.max_weight for layout in layouts.LAYOUTS if isinstance(layout.code, layouts.TrellisCode)
 }
 """Largest magnitude that a type can hold; the types left out hold any float32."""

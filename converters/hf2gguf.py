@@ -17,7 +17,7 @@ from ccq_format.errors import ModelError
 
 from .arch import Family, family_of
 from .arch.base import IGNORED_SUFFIXES, Wanted, resolve
-from .plan import LoadRows, Plan, QuantOptions, TensorSource, parse_type
+from .plan import LoadRows, Plan, QuantOptions, TensorSource
 from .safetensors_io import Checkpoint, StoredTensor
 from .stream import write_model
 from .vocab import Vocab, load_vocab
@@ -29,6 +29,8 @@ _FILE_TYPES = {
     "f16": gguf.LlamaFileType.MOSTLY_F16,
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q5_0": gguf.LlamaFileType.MOSTLY_Q5_0,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 """``general.file_type``; there is no number for a CCQ file, and llama.cpp then counts the tensors' types itself."""
 
@@ -52,7 +54,7 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
     vocab = load_vocab(model_dir, family.vocab_size)
 
     def set_metadata(writer: gguf.GGUFWriter) -> None:
-        write_metadata(writer, model_dir, family, vocab, sources, parse_type(options.type))
+        write_metadata(writer, model_dir, family, vocab, sources, options.type)
 
     return write_model(
         out,
@@ -191,7 +193,7 @@ def write_metadata(
     family: Family,
     vocab: Vocab,
     sources: list[TensorSource],
-    type_name: str,
+    type_name: str | None,
 ) -> None:
     """Add all keys but ``general.architecture``.  Raises ``ModelError`` for an unreadable model card."""
     writer.add_type(gguf.GGUFType.MODEL)
@@ -200,8 +202,9 @@ def write_metadata(
         if not _storable(value.value, value.type):
             raise ModelError(f"{key} would be {value.value!r}: see the model card and the configs", file=model_dir)
     family.write_metadata(writer)
-    if type_name in _FILE_TYPES:
-        writer.add_file_type(_FILE_TYPES[type_name])
+    file_type = _FILE_TYPES.get(type_name.strip().lower()) if type_name is not None else None
+    if file_type is not None:
+        writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocab.write(writer)
     for kind, token in family.tokenizer_extras().items():

@@ -1,15 +1,16 @@
 """Which tensor gets which type: the plan that every conversion follows and that ``--dry-run`` prints.
 
-Types are lower-case names throughout: a CCQ type of ``ccq_format.layouts`` or ``f32``, ``f16``, ``bf16``, ``q8_0``.
+Types are lower-case names throughout: a CCQ type of ``ccq_format.layouts`` or one of ``STOCK_TYPES``.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +20,22 @@ from ccq_format.errors import PlanError
 
 from .hessian import Hessians
 from .imatrix import Importance
+from .mixtures import MIXTURES, MixtureScheme
 
 PLAIN_TYPES: dict[str, tuple[int, int]] = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34)}
-"""The stock types we write: weights per block, bytes per block."""
+"""The stock types that are sources and targets: weights per block, bytes per block."""
+
+STOCK_TYPES: dict[str, tuple[int, int]] = {**PLAIN_TYPES, "q4_0": (32, 18), "q5_0": (32, 22)}
+"""All stock types that we write.  Of the small ones gguf can quantize, these two are a step above CCQ_T3 and leave less
+error than q4_1 and q5_1, which are larger (Gaussian weights, relative squared error: q4_0 0.0074, q4_1 0.0061, q5_0
+0.0018, q5_1 0.0014)."""
 
 FLOAT_TYPES = ("f32", "f16", "bf16")
 
 COPIED_TYPES = {"i8": 1, "i16": 2, "i32": 4, "i64": 8, "f64": 8}
 """Types that are no weights (token tables and the like): copied as they are; bytes per element."""
 
-_EMBEDDINGS = re.compile(r"^(token_embd|output|per_layer_token_embd)\.weight$")
+VOCABULARY = re.compile(r"^(token_embd|output|per_layer_token_embd)\.weight$")
 
 _SMALL = re.compile(
     r"_norm\.weight$|ffn_gate_inp|ffn_gate_tid2eid|altup|laurel|per_layer_model_proj|^position_embd|^token_types"
@@ -39,7 +46,7 @@ _SMALL = re.compile(
 """Tensors of two or more dimensions that llama.cpp itself never quantizes (``tensor_allows_quantization`` in
 ``src/llama-quant.cpp``): norms, routers, and small weights that other operations than a matrix product read."""
 
-_EXPERTS = re.compile(r"_(ch)?exps\.weight$")
+EXPERTS = re.compile(r"_(ch)?exps\.weight$")
 
 LoadRows = Callable[[int, int], NDArray[np.float32]]
 RawRows = Callable[[int, int], NDArray[np.uint8]]
@@ -87,13 +94,15 @@ class TensorSource:
 class QuantOptions:
     """What the user asked for.
 
+    ``type`` is a type or a mixture (``mixtures.MIXTURES``); ``None`` where types are to be allocated to an average of
+    ``target_bpw`` bits per weight or a file of ``target_size`` bytes (see ``allocate``); exactly one of the three.
     ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
     errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
     one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``resume`` keeps what an
     interrupted conversion has encoded, and goes on there.  ``resume.job_of`` must know which fields change no byte.
     """
 
-    type: str
+    type: str | None = None
     overrides: list[tuple[str, str]] = field(default_factory=list)
     threads: int = 0
     effort: str = "default"
@@ -103,16 +112,49 @@ class QuantOptions:
     resume: bool = False
     imatrix: Importance | None = None
     hessian: Hessians | None = None
+    target_bpw: float | None = None
+    target_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if sum(wish is not None for wish in (self.type, self.target_bpw, self.target_size)) != 1:
+            raise PlanError("give exactly one of --type, --target-bpw and --target-size")
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor with its target type, its bytes in the file and the rule that chose the type."""
+    """One tensor with its target type, its bytes in the file, the rule that chose the type, and where that was measured
+    the loss expected of its encoding."""
 
     source: TensorSource
     type: str
     nbytes: int
     reason: str
+    loss: float | None = None
+
+
+class Scheme(Protocol):
+    """What types a plan gives to the tensors that it is free to choose for."""
+
+    def matrix(self, name: str) -> tuple[str, str]:
+        """Type and reason of a matrix or a stack of experts."""
+
+    def vocabulary(self, name: str) -> tuple[str, str]:
+        """Type and reason of a token embedding or output matrix."""
+
+
+@dataclass(frozen=True)
+class Pure:
+    """One type for all matrices; embedding and output are q8_0."""
+
+    type: str
+
+    def matrix(self, name: str) -> tuple[str, str]:
+        """See ``Scheme``."""
+        return self.type, "--type"
+
+    def vocabulary(self, name: str) -> tuple[str, str]:
+        """See ``Scheme``."""
+        return "q8_0", "embedding or output"
 
 
 @dataclass(frozen=True)
@@ -123,6 +165,7 @@ class Plan:
     fallback_count: int
     fallback_bytes: int
     fallback_block: str
+    loss_unit: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -150,26 +193,50 @@ class Plan:
         )
 
     def table(self) -> str:
-        """The plan as plain text: one line per tensor, then the totals."""
-        rows = [("tensor", "shape", "from", "type", "bytes", "why")]
+        """The plan as plain text: one line per tensor, with its share of the expected loss where that was measured,
+        then one line per type, then the totals."""
+        total = sum(t.loss or 0.0 for t in self.tensors)
+        head = ["tensor", "shape", "from", "type", "bytes"]
+        rows = [[*head, "loss", "why"] if total else [*head, "why"]]
         for t in self.tensors:
             shape = " x ".join(map(str, t.source.shape))
-            rows.append((t.source.name, shape, t.source.source_type, t.type, f"{t.nbytes:,}", t.reason))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+            share = [f"{100 * t.loss / total:.2f} %" if t.loss is not None else ""] if total else []
+            rows.append([t.source.name, shape, t.source.source_type, t.type, f"{t.nbytes:,}", *share, t.reason])
+        last = len(rows[0]) - 1
+        widths = [max(len(row[i]) for row in rows) for i in range(last)]
         lines = []
         for row in rows:
-            cells = [f"{cell:<{w}}" for cell, w in zip(row[:4], widths[:4], strict=True)]
-            cells.append(f"{row[4]:>{widths[4]}}")
-            lines.append("  ".join([*cells, row[5]]))
+            cells = [
+                f"{cell:<{w}}" if i < 4 else f"{cell:>{w}}"
+                for i, (cell, w) in enumerate(zip(row[:last], widths, strict=True))
+            ]
+            lines.append("  ".join([*cells, row[last]]))
         lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, self.summary()])
+        return "\n".join([*lines, *self.by_type(), self.summary()])
+
+    def by_type(self) -> list[str]:
+        """One line per type, the type with the most weights first."""
+        groups: dict[str, list[PlannedTensor]] = {}
+        for t in self.tensors:
+            groups.setdefault(t.type, []).append(t)
+        lines = []
+        for name, group in sorted(groups.items(), key=lambda item: -sum(t.source.n_weights for t in item[1])):
+            weights, nbytes = sum(t.source.n_weights for t in group), sum(t.nbytes for t in group)
+            plural = "tensor" if len(group) == 1 else "tensors"
+            lines.append(f"{name}: {len(group)} {plural}, {weights:,} weights, {format_bytes(nbytes)}")
+        return lines
 
     def summary(self) -> str:
         """The totals as one line."""
         return (
             f"{len(self.tensors)} tensors, {self.n_weights:,} weights, {format_bytes(self.nbytes)}, "
-            f"{self.file_bpw:.3f} bits per weight"
+            f"{self.file_bpw:.3f} bits per weight{self._expectation()}"
         )
+
+    def _expectation(self) -> str:
+        if self.loss_unit is None:
+            return ""
+        return f", expected loss {sum(t.loss or 0.0 for t in self.tensors):.4g} {self.loss_unit}"
 
 
 def parse_type(text: str) -> str:
@@ -178,26 +245,26 @@ def parse_type(text: str) -> str:
     Raises ``PlanError`` for an unknown name.
     """
     name = text.strip().lower()
-    if name in PLAIN_TYPES:
+    if name in STOCK_TYPES:
         return name
     for candidate in (name, f"ccq_{name}"):
         try:
             return layouts.by_name(candidate).name
         except KeyError:
             continue
-    known = ", ".join([*(layout.name for layout in layouts.LAYOUTS), *PLAIN_TYPES])
+    known = ", ".join([*(layout.name for layout in layouts.LAYOUTS), *MIXTURES, *STOCK_TYPES])
     raise PlanError(f"unknown type '{text}'; known types: {known}")
 
 
 def is_ccq(type_name: str) -> bool:
     """Whether a canonical type name is a CCQ type."""
-    return type_name not in PLAIN_TYPES and type_name not in COPIED_TYPES
+    return type_name not in STOCK_TYPES and type_name not in COPIED_TYPES
 
 
 def block(type_name: str) -> tuple[int, int]:
     """Weights and bytes of one block of a canonical type name."""
-    if type_name in PLAIN_TYPES:
-        return PLAIN_TYPES[type_name]
+    if type_name in STOCK_TYPES:
+        return STOCK_TYPES[type_name]
     if type_name in COPIED_TYPES:
         return 1, COPIED_TYPES[type_name]
     layout = layouts.by_name(type_name)
@@ -227,42 +294,75 @@ def format_bytes(n: int) -> str:
     return f"{n} B" if unit == "B" else f"{value:.2f} {unit}"
 
 
-def make_plan(sources: list[TensorSource], options: QuantOptions) -> Plan:
+def make_plan(
+    sources: list[TensorSource],
+    options: QuantOptions,
+    scheme: Scheme | None = None,
+    losses: Mapping[str, float] | None = None,
+    loss_unit: str | None = None,
+) -> Plan:
     """Choose a type for every tensor.
 
-    1-D tensors, norms and routers stay f32; token embedding and output become q8_0, every other matrix (2-D, or a 3-D
-    stack of experts, its name ending in ``.weight``) ``options.type``.  With ``options.type`` f32, f16 or bf16 the
-    embedding and output take that type, too.  ``options.overrides`` win over these rules for tensors of two or more
-    dimensions.  A row length that is no multiple of the chosen type's block falls back to q8_0, then f16.
+    1-D tensors, norms, routers and what no matrix product reads stay f32 or f16; for token embedding and output, and
+    for every other matrix (2-D, or a 3-D stack of experts, its name ending in ``.weight``) ``scheme`` chooses, by
+    default that of ``options.type``; a float type in ``options.type`` takes them all.
+    ``options.overrides`` win over these rules for tensors of two or more dimensions.  A row length that is no multiple
+    of the chosen type's block falls back to q8_0, then f16.  ``losses`` by tensor name, and their unit, are noted in
+    the plan.
 
     Raises ``PlanError`` for an unknown type, a bad or unmatched pattern, or a fallback where none is allowed.
     """
-    base = parse_type(options.type)
-    overrides = [(_compile(pattern), parse_type(target)) for pattern, target in options.overrides]
-    for pattern, _ in overrides:
-        if not any(len(s.shape) > 1 and pattern.search(s.name) for s in sources):
-            raise PlanError(f"--tensor-type '{pattern.pattern}' matches no matrix of the model")
-
+    if scheme is None:
+        if options.type is None:
+            raise ValueError("types have to be allocated first")
+        scheme = scheme_of(options.type, sources)
+    overrides = _overrides(sources, options)
     planned: list[PlannedTensor] = []
     fallen: list[PlannedTensor] = []
     blocks: set[int] = set()
     for source in sources:
-        target, reason = _choose(source, base, overrides)
+        target, reason = _choose(source, scheme, overrides)
         weights, _ = block(target)
-        if source.row_len % weights:
+        misfit = source.row_len % weights != 0
+        if misfit:
             if not options.fallback:
                 raise PlanError(
                     f"row length {source.row_len} is no multiple of {weights}, the block of {target}",
                     tensor=source.name,
                 )
             blocks.add(weights)
-            fitting = "q8_0" if source.row_len % PLAIN_TYPES["q8_0"][0] == 0 else "f16"
             reason = f"row length {source.row_len} does not fit {target} ({weights})"
-            target = fitting
-            fallen.append(PlannedTensor(source, target, source.rows * row_bytes(target, source.row_len), reason))
-        planned.append(PlannedTensor(source, target, source.rows * row_bytes(target, source.row_len), reason))
+            target = "q8_0" if source.row_len % STOCK_TYPES["q8_0"][0] == 0 else "f16"
+        loss = losses.get(source.name) if losses is not None else None
+        tensor = PlannedTensor(source, target, source.rows * row_bytes(target, source.row_len), reason, loss)
+        planned.append(tensor)
+        if misfit:
+            fallen.append(tensor)
     sizes = f" ({', '.join(map(str, sorted(blocks)))})" if blocks else ""
-    return Plan(planned, len(fallen), sum(t.nbytes for t in fallen), sizes)
+    return Plan(planned, len(fallen), sum(t.nbytes for t in fallen), sizes, loss_unit)
+
+
+def scheme_of(name: str, sources: list[TensorSource]) -> Scheme:
+    """The scheme of a type or a mixture; ``T2_M`` is short for ``ccq_t2_m``.  Raises ``PlanError`` if there is none."""
+    lower = name.strip().lower()
+    for candidate in (lower, f"ccq_{lower}"):
+        if candidate in MIXTURES:
+            return MixtureScheme(MIXTURES[candidate], [(s.name, s.shape) for s in sources])
+    return Pure(parse_type(name))
+
+
+def free_matrices(sources: list[TensorSource], options: QuantOptions) -> list[TensorSource]:
+    """The matrices whose type is the scheme's choice.  Raises ``PlanError`` as :func:`make_plan` does for patterns."""
+    overrides = _overrides(sources, options)
+    return [source for source in sources if _choose(source, Pure("free"), overrides)[0] == "free"]
+
+
+def _overrides(sources: list[TensorSource], options: QuantOptions) -> list[tuple[re.Pattern[str], str]]:
+    overrides = [(_compile(pattern), parse_type(target)) for pattern, target in options.overrides]
+    for pattern, _ in overrides:
+        if not any(len(s.shape) > 1 and pattern.search(s.name) for s in sources):
+            raise PlanError(f"--tensor-type '{pattern.pattern}' matches no matrix of the model")
+    return overrides
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -272,7 +372,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise PlanError(f"--tensor-type '{pattern}' is no regular expression: {error}") from None
 
 
-def _choose(source: TensorSource, base: str, overrides: list[tuple[re.Pattern[str], str]]) -> tuple[str, str]:
+def _choose(source: TensorSource, scheme: Scheme, overrides: list[tuple[re.Pattern[str], str]]) -> tuple[str, str]:
     """Type and reason before any fallback."""
     if source.source_type in COPIED_TYPES:
         return source.source_type, "no weights: copied"
@@ -287,10 +387,10 @@ def _choose(source: TensorSource, base: str, overrides: list[tuple[re.Pattern[st
         # Operations other than a matrix product read these, and some (convolutions) insist on the type they have.
         kept = source.source_type if source.source_type in ("f32", "f16") else "f32"
         return kept, "not a matrix product"
-    if base in FLOAT_TYPES:
-        return base, "--type"
-    if _EMBEDDINGS.search(source.name):
-        return "q8_0", "embedding or output"
-    if len(source.shape) == 3 and not _EXPERTS.search(source.name):
+    if isinstance(scheme, Pure) and scheme.type in FLOAT_TYPES:
+        return scheme.type, "--type"
+    if VOCABULARY.search(source.name):
+        return scheme.vocabulary(source.name)
+    if len(source.shape) == 3 and not EXPERTS.search(source.name):
         return "q8_0", "3-D, no expert stack"
-    return base, "--type"
+    return scheme.matrix(source.name)

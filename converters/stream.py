@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -18,11 +20,12 @@ from ccq_format._partial import partial_path
 from ccq_format.errors import CcqError, ImportanceError
 from ccq_format.gguf_io import Model, ModelWriter
 
+from .allocate import Overhead, allocate
 from .encode import check_weights, encode_rows, rows_of_importance
 from .feedback import Factors, encode_with_feedback, factorize
 from .hessian import Hessians
 from .imatrix import Importance, provenance
-from .plan import Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, is_ccq, make_plan
+from .plan import VOCABULARY, Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, is_ccq, make_plan
 from .resume import job_of
 
 log = logging.getLogger(__name__)
@@ -58,7 +61,10 @@ def write_model(
 
     Raises ``PlanError``, ``WeightsError`` and ``ImportanceError`` (naming the tensor) and ``OutputError``.
     """
-    plan = make_plan(sources, options)
+    if options.type is not None:
+        plan = make_plan(sources, options)
+    else:
+        plan = _allocated_plan(arch, set_metadata, sources, options, progress, copy_from)
     warning = plan.warning()
     if warning:
         log.warning(warning)
@@ -87,7 +93,7 @@ def check_importance(plan: Plan, importance: Importance) -> None:
 
     Raises ``ImportanceError`` if no tensor has an entry, or if an entry has another shape than its tensor.
     """
-    wanted = {t.source.name: t.source for t in plan.tensors if is_ccq(t.type)}
+    wanted = {t.source.name: t.source for t in plan.tensors if _wants_data(t)}
     found = {name: source.matrices for name, source in wanted.items() if name in importance}
     if not wanted:
         log.warning("%s: not used, because no tensor gets a CCQ type", importance.file)
@@ -114,12 +120,18 @@ def check_importance(plan: Plan, importance: Importance) -> None:
         log.warning(report)
 
 
+def _wants_data(tensor: PlannedTensor) -> bool:
+    """Whether a tensor without data is worth a warning: not an embedding, whose rows are looked up, nor the output
+    matrix, which is left out of the data by default."""
+    return is_ccq(tensor.type) and not VOCABULARY.search(tensor.source.name)
+
+
 def check_hessians(plan: Plan, hessians: Hessians) -> None:
     """Match a Hessian file with the tensors that get a CCQ type: warn of those without a Hessian (one line).
 
     Raises ``ImportanceError`` if no tensor has one.
     """
-    wanted = [t.source.name for t in plan.tensors if is_ccq(t.type)]
+    wanted = [t.source.name for t in plan.tensors if _wants_data(t)]
     missing = [name for name in wanted if name not in hessians]
     if not wanted:
         log.warning("%s: not used, because no tensor gets a CCQ type", hessians.file)
@@ -155,12 +167,7 @@ def write_planned(
     writer = ModelWriter(out_path, arch, overwrite=options.overwrite, job=job)
     try:
         with writer:
-            if copy_from is not None:
-                writer.copy_metadata(copy_from)
-            if set_metadata is not None:
-                set_metadata(writer.gguf)
-            if options.imatrix is not None and any(is_ccq(t.type) for t in plan.tensors):
-                _note_importance(writer.gguf, options.imatrix)
+            _declare(writer, plan, options, set_metadata, copy_from)
             _write_tensors(writer, plan, options, progress)
     except BaseException as error:
         if writer.kept:
@@ -172,8 +179,6 @@ def write_planned(
 
 
 def _write_tensors(writer: ModelWriter, plan: Plan, options: QuantOptions, progress: bool) -> None:
-    for tensor in plan.tensors:
-        writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
     writer.begin()
     done, left = plan.tensors[: writer.completed], plan.tensors[writer.completed :]
     with progress_bar(progress) as bar:
@@ -183,6 +188,54 @@ def _write_tensors(writer: ModelWriter, plan: Plan, options: QuantOptions, progr
             for data, weights in encoded_rows(tensor, options):
                 writer.write(tensor.source.name, data)
                 bar.advance(task, weights)
+
+
+def _declare(
+    writer: ModelWriter,
+    plan: Plan,
+    options: QuantOptions,
+    set_metadata: Callable[[gguf.GGUFWriter], None] | None,
+    copy_from: Model | None,
+) -> None:
+    """Give the writer its metadata and tensors."""
+    if copy_from is not None:
+        writer.copy_metadata(copy_from)
+    if set_metadata is not None:
+        set_metadata(writer.gguf)
+    if options.imatrix is not None and any(is_ccq(t.type) for t in plan.tensors):
+        _note_importance(writer.gguf, options.imatrix)
+    for tensor in plan.tensors:
+        writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
+
+
+def _allocated_plan(
+    arch: str,
+    set_metadata: Callable[[gguf.GGUFWriter], None] | None,
+    sources: list[TensorSource],
+    options: QuantOptions,
+    progress: bool,
+    copy_from: Model | None,
+) -> Plan:
+    """The plan for a target size, with a progress bar while losses are measured."""
+    overhead = None
+    if options.target_size is not None:
+        # The header has the same size whichever T types the tensors have: write it and look.
+        like = make_plan(sources, replace(options, type="ccq_t2", target_size=None))
+        with tempfile.TemporaryDirectory() as folder:
+            writer = ModelWriter(os.path.join(folder, "header.gguf"), arch)
+            try:
+                _declare(writer, like, options, set_metadata, copy_from)
+                writer.begin()
+            finally:
+                writer.abort()
+        overhead = Overhead(writer.header_bytes, writer.gguf.data_alignment)
+    with progress_bar(progress) as bar:
+        task = bar.add_task("", total=sum(len(s.shape) > 1 for s in sources))
+
+        def advance(name: str) -> None:
+            bar.update(task, description=f"measuring {name}", advance=1)
+
+        return allocate(sources, options, overhead, advance)
 
 
 def _note_importance(writer: gguf.GGUFWriter, importance: Importance) -> None:

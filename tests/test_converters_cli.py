@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from ccq_converters.cli import main
 from ccq_converters.encode import error_weights
+from ccq_converters.plan import STOCK_TYPES
 from ccq_format import codec, layouts
 from ccq_format.gguf_io import ModelWriter, open_model
 
@@ -98,7 +99,7 @@ def metadata(path: Path) -> dict[str, tuple[object, object, object]]:
     }
 
 
-@pytest.mark.parametrize("kind", [*CCQ, "f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("kind", [*CCQ, *STOCK_TYPES])
 def test_quantize_keeps_metadata_and_encodes_every_tensor(source: Path, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out.gguf"
     result = run("quantize", source, "-o", out, "--type", kind.upper(), "--threads", 2)

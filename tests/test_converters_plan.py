@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 import ccq_backend
 from ccq_converters.encode import check_weights, encode_rows, error_weights, rows_of_importance
-from ccq_converters.plan import COPIED_TYPES, PLAIN_TYPES, QuantOptions, TensorSource, block, make_plan, parse_type
+from ccq_converters.mixtures import LADDER, MIXTURES
+from ccq_converters.plan import COPIED_TYPES, STOCK_TYPES, QuantOptions, TensorSource, block, make_plan, parse_type
 from ccq_format import layouts
 from ccq_format.errors import ImportanceError, PlanError, WeightsError
 
-TARGETS = [*(layout.name for layout in layouts.LAYOUTS), *PLAIN_TYPES]
+TARGETS = [*(layout.name for layout in layouts.LAYOUTS), *STOCK_TYPES]
 
 
 def source(name: str, *shape: int, type_name: str = "f16") -> TensorSource:
@@ -67,7 +68,7 @@ def test_type_names_have_any_case_and_no_prefix() -> None:
     assert [parse_type(t) for t in ("CCQ_T2_5", "t2_5", "P2", "F16", " q8_0 ")] == [
         "ccq_t2_5", "ccq_t2_5", "ccq_p2", "f16", "q8_0",
     ]  # fmt: skip
-    for bad in ("", "q4_0", "ccq_t4", "crvq_1", "f64"):
+    for bad in ("", "q4_1", "ccq_t4", "crvq_1", "f64"):
         with pytest.raises(PlanError, match="unknown type"):
             parse_type(bad)
 
@@ -129,10 +130,89 @@ def test_every_plan_fits_and_adds_up(shapes: list[tuple[int, int, int]], kind: s
     assert plan.nbytes == sum(t.nbytes for t in plan.tensors)
     assert plan.file_bpw == pytest.approx(8 * plan.nbytes / sum(np.prod(s) for s in shapes))
     lines = plan.table().splitlines()
-    assert len(lines) == len(model) + 3
-    assert lines[-1] == plan.summary()
+    groups = plan.by_type()
+    assert len(groups) == len({t.type for t in plan.tensors})
+    assert lines[len(model) + 2 :] == [*groups, plan.summary()]
     assert f"{plan.file_bpw:.3f} bits per weight" in lines[-1]
     assert plan.fallback_count == sum(s[-1] % block(kind)[0] != 0 for s in shapes)
+
+
+LAYERS = 17
+
+
+def llama(*, experts: int = 0, heads: int = 8, tied: bool = False) -> list[TensorSource]:
+    """Tensors of a deep model with 2 key-value heads of 64 channels."""
+    out = [source("token_embd.weight", 1000, 512)]
+    for i in range(LAYERS):
+        shapes: dict[str, tuple[int, ...]] = {
+            "attn_norm": (512,), "attn_q": (heads * 64, 512), "attn_k": (128, 512), "attn_v": (128, 512),
+            "attn_output": (512, heads * 64),
+        }  # fmt: skip
+        if experts:
+            shapes |= {f"ffn_{m}_exps": (experts, 512, 512) for m in ("gate", "up", "down")}
+            shapes |= {"ffn_gate_inp": (experts, 512), "ffn_up_shexp": (512, 512)}
+        else:
+            shapes |= {f"ffn_{m}": (512, 512) for m in ("gate", "up", "down")}
+        out += [source(f"blk.{i}.{name}.weight", *shape) for name, shape in shapes.items()]
+    return out if tied else [*out, source("output.weight", 1000, 512)]
+
+
+def mixture(kind: str, model: list[TensorSource]) -> dict[str, str]:
+    return {t.source.name.removesuffix(".weight"): t.type for t in make_plan(model, QuantOptions(kind)).tensors}
+
+
+def test_mixtures_give_more_to_what_matters() -> None:
+    chosen = mixture("T2_M", llama(heads=2))  # as many as there are for keys
+    assert (chosen["token_embd"], chosen["output"]) == (MIXTURES["ccq_t2_m"].embedding, MIXTURES["ccq_t2_m"].output)
+    for i in range(LAYERS):
+        kinds = {name: chosen[f"blk.{i}.{name}"] for name in ("attn_q", "attn_k", "ffn_gate", "ffn_up")}
+        assert set(kinds.values()) == {"ccq_t2"}
+        assert chosen[f"blk.{i}.attn_v"] == chosen[f"blk.{i}.attn_output"] == "ccq_t2_5"
+        assert chosen[f"blk.{i}.ffn_down"] == ("ccq_t2_5" if i < LAYERS // 8 else "ccq_t2")
+        assert chosen[f"blk.{i}.attn_norm"] == "f32"
+
+
+def test_mixtures_look_at_heads_and_experts() -> None:
+    chosen = mixture("ccq_t2_m", llama(heads=4))
+    assert [chosen[f"blk.3.attn_{m}"] for m in "qkv"] == ["ccq_t2", "ccq_t2_5", "ccq_t3"]
+    chosen = mixture("ccq_t2_m", llama(heads=2, experts=8))
+    assert {chosen[f"blk.5.attn_{m}"] for m in ("k", "v", "output")} == {"ccq_t3"}
+    assert chosen["blk.5.attn_q"] == "ccq_t2"
+    assert chosen["blk.5.ffn_up_shexp"] == "ccq_t2_5"
+    assert (chosen["blk.0.ffn_down_exps"], chosen["blk.5.ffn_down_exps"]) == ("ccq_t2_5", "ccq_t2")
+    assert chosen["blk.5.ffn_gate_inp"] == "f32"
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_every_mixture_is_between_its_type_and_the_next(kind: str) -> None:
+    base = MIXTURES[kind].base
+    for model in (llama(), llama(experts=8)):
+        plan = make_plan(model, QuantOptions(kind))
+        matrices = [t for t in plan.tensors if t.source.name.startswith("blk.") and t.type not in ("f32", "f16")]
+        bpw = 8 * sum(t.nbytes for t in matrices) / sum(t.source.n_weights for t in matrices)
+        weights, nbytes = block(base)
+        above_weights, above_bytes = block(LADDER[LADDER.index(base) + 1])
+        assert 8 * nbytes / weights < bpw < 8 * above_bytes / above_weights
+        assert all(kind in t.reason for t in matrices)
+        assert plan.fallback_count == 0
+
+
+def test_a_tied_embedding_is_the_output_matrix() -> None:
+    for kind, spec in MIXTURES.items():
+        assert mixture(kind, llama(tied=True))["token_embd"] == spec.output
+        assert LADDER.index(spec.embedding) <= LADDER.index(spec.output)
+
+
+def test_overrides_and_fallback_in_mixtures() -> None:
+    model = [*llama(), source("blk.0.odd.weight", 8, 96)]
+    plan = make_plan(model, QuantOptions("t2_m", overrides=[("attn_v|^output", "f16")]))
+    chosen = {t.source.name: t.type for t in plan.tensors}
+    assert (chosen["blk.3.attn_v.weight"], chosen["output.weight"], chosen["blk.0.odd.weight"]) == (
+        "f16",
+        "f16",
+        "q8_0",
+    )
+    assert plan.fallback_count == 1
 
 
 def test_block_sizes_agree_with_gguf() -> None:
@@ -192,6 +272,12 @@ def test_weights_must_fit_f16() -> None:
     check_weights(x * 126, "q8_0", "w")
     with pytest.raises(WeightsError, match="too large for q8_0"):
         check_weights(x * 128, "q8_0", "w")
+    for name, largest in (("q4_0", 8), ("q5_0", 16), ("q8_0", 127)):
+        check_weights(x * largest, name, "w")
+        scale = encode_rows(name, x * largest)[:, :2].view("<f2")
+        assert np.isfinite(scale).all()
+        with pytest.raises(WeightsError, match=f"too large for {name}"):
+            check_weights(x * (largest + 1), name, "w")
 
 
 @pytest.mark.parametrize("name", ["ccq_t1_5", "ccq_t2", "ccq_t2_5", "ccq_t3"])

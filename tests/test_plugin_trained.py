@@ -14,10 +14,10 @@ from ccq_converters.plan import QuantOptions
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def divergence_to_own_weights(folder: Path, type_name: str) -> float:
-    """Mean KL divergence of the bundled model in ``type_name`` to the same file decoded to float32."""
-    file, decoded = folder / f"{type_name}.gguf", folder / f"{type_name}-f32.gguf"
-    hf2gguf.convert(EXAMPLES / "manllama-4m", file, QuantOptions(type_name))
+def divergence_to_own_weights(folder: Path, options: QuantOptions) -> float:
+    """Mean KL divergence of the bundled model under ``options`` to the same file decoded to float32."""
+    file, decoded = folder / "model.gguf", folder / "model-f32.gguf"
+    hf2gguf.convert(EXAMPLES / "manllama-4m", file, options)
     dequantize(file, decoded, "f32")
     text = evaluate.read_text(EXAMPLES / "heldout.txt")
     # One thread: ggml's threads spin while they wait, which crawls on a busy machine.
@@ -29,11 +29,21 @@ def divergence_to_own_weights(folder: Path, type_name: str) -> float:
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> float:
     """What llama.cpp's own Q8_0, with its int8 activations, costs on the same model and text."""
-    return divergence_to_own_weights(tmp_path_factory.mktemp("stock"), "q8_0")
+    return divergence_to_own_weights(tmp_path_factory.mktemp("stock"), QuantOptions("q8_0"))
 
 
-@pytest.mark.parametrize("type_name", ["ccq_p2_5", "ccq_t2"])
-def test_activations_cost_no_more_than_those_of_q8_0(type_name: str, stock: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        QuantOptions("ccq_p2_5"),
+        QuantOptions("ccq_t2"),
+        # The embedding is the output matrix as well: looked up and multiplied.
+        QuantOptions("ccq_t2_m"),
+        QuantOptions("ccq_t2", overrides=[("token_embd", "ccq_t2_5")]),
+    ],
+    ids=["ccq_p2_5", "ccq_t2", "ccq_t2_m", "ccq_t2 with an embedding in ccq_t2_5"],
+)
+def test_activations_cost_no_more_than_those_of_q8_0(options: QuantOptions, stock: float, tmp_path: Path) -> None:
     ccq_backend.load_plugin()
-    ours = divergence_to_own_weights(tmp_path, type_name)
+    ours = divergence_to_own_weights(tmp_path, options)
     assert 0 < ours <= stock

@@ -358,7 +358,10 @@ def test_every_option_belongs_to_the_job_or_changes_no_byte(source: Path) -> Non
             other = value + 1
         else:
             other = [("a", "b")] if isinstance(value, list) else "other"
-        if job_of(dataclasses.replace(options, **{field.name: other}), [source]) == job:
+        changes: dict[str, Any] = {field.name: other}
+        if field.name.startswith("target_"):  # instead of a type
+            changes = {"type": None, field.name: 10}
+        if job_of(dataclasses.replace(options, **changes), [source]) == job:
             unchanged.add(field.name)
     assert unchanged == {"threads", "overwrite", "dry_run", "resume"}
 
