@@ -92,7 +92,7 @@ def test_factors_rebuild_the_damped_hessian() -> None:
     layout, n = layouts.by_name("ccq_t3"), 192
     hessian = correlated_hessian(n).astype(np.float64)
     mean = np.diagonal(hessian).mean()
-    factors = factorize(hessian, layout, damping=0.03)
+    factors = factorize(hessian, layout, damping=0.03, shrinkage=0.25)
     assert factors.coupling is not None
     inner = np.zeros((n, n))
     outer = np.eye(n)
@@ -102,7 +102,7 @@ def test_factors_rebuild_the_damped_hessian() -> None:
         outer[at, at.stop :] = factors.spread[at, at.stop :]
     upper = outer @ inner
     rebuilt = upper @ np.diag(factors.weights.astype(np.float64)) @ upper.T
-    damped = hessian / mean + 0.03 * np.eye(n)
+    damped = (0.75 * hessian + 0.25 * np.diag(np.diagonal(hessian))) / mean + 0.03 * np.eye(n)
     assert np.allclose(rebuilt * (damped[0, 0] / rebuilt[0, 0]), damped, atol=1e-5)
 
 
