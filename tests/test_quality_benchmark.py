@@ -13,6 +13,7 @@ from measurements import (
     NONE,
     STOCK,
     T_TYPES,
+    TARGETS,
     Row,
     Table,
     embed,
@@ -96,6 +97,7 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
 def test_comparisons() -> None:
     rows = [
         row("ccq_t2", kld=0.04),
+        row("ccq_bpw_2.6", bpw=2.6, kld=0.015),
         row("iq2_xs", bpw=2.3125, kld=0.05),
         row("q2_k", bpw=2.625, kld=0.03),
         row("ccq_t2_5", bpw=2.625, kld=0.02),
@@ -104,7 +106,7 @@ def test_comparisons() -> None:
         row("iq1_m", bpw=1.75, note="2 of 8 matrices are iq4_nl"),
     ]
     lines = markdown_comparisons({r.key: r for r in rows}).splitlines()[2:]
-    assert len(lines) == 3  # what is missing or not as asked is left out
+    assert len(lines) == 4  # what is missing or not as asked is left out
     by_types = {(cells[1].strip(), cells[3].strip()): cells for cells in (line.split("|") for line in lines)}
     met = {key: (cells[6].strip(), cells[8].strip()) for key, cells in by_types.items()}
     assert met["CCQ_T2, imatrix", "IQ2_XS, imatrix"] == ("0.800", "met")
@@ -144,6 +146,9 @@ def test_every_recipe_can_be_made_and_compared() -> None:
         if recipe.family == STOCK:
             assert recipe.name in STOCK_FILE_TYPES
             assert recipe.setting != HESSIAN
+        elif recipe.family == TARGETS:
+            assert not recipe.pure
+            assert QuantOptions(**recipe.options).target_bpw == float(recipe.name.removeprefix("ccq_bpw_"))
         else:
             assert parse_type(QuantOptions(**recipe.options).type) == recipe.name
     assert {key for c in COMPARISONS for key in (c.ours, c.theirs)} <= set(made)

@@ -19,7 +19,7 @@ from ccq_format.errors import EvalError, OutputError
 NONE, IMATRIX, HESSIAN = SETTINGS = ("none", "imatrix", "hessian")
 """What the encoder was given: nothing, the importance of the input channels, or that and Hessians."""
 
-T_TYPES, P_TYPES, STOCK, BASE = FAMILIES = ("ccq-t", "ccq-p", "llama.cpp", "base")
+T_TYPES, TARGETS, P_TYPES, STOCK, BASE = FAMILIES = ("ccq-t", "ccq-target", "ccq-p", "llama.cpp", "base")
 
 DATA_FREE = ("q2_k", "q3_k", "q4_k", "q4_0", "q8_0", "iq3_s", "iq4_xs")
 """The types that llama.cpp quantizes without importance."""
@@ -55,6 +55,9 @@ def recipes() -> Iterator[Recipe]:
             yield Recipe(f"ccq_{name}", P_TYPES, setting, {"type": f"ccq_{name}"})
         for name in ("t1_5", "t2", "t2_5", "t3"):
             yield Recipe(f"ccq_{name}", T_TYPES, setting, {"type": f"ccq_{name}"})
+    for setting in (IMATRIX, HESSIAN):  # types by measured loss: the importance file has gradients
+        for bpw in (1.8, 2.1, 2.6, 3.1):
+            yield Recipe(f"ccq_bpw_{bpw}", TARGETS, setting, {"target_bpw": bpw}, pure=False)
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,7 @@ COMPARISONS = (
     Comparison("imatrix/ccq_t2_5", "imatrix/iq2_s", 0.75),
     Comparison("imatrix/ccq_t3", "imatrix/q3_k"),
     Comparison("imatrix/ccq_t3", "imatrix/iq3_s"),
+    Comparison("imatrix/ccq_bpw_2.6", "imatrix/ccq_t2_5"),
     Comparison("hessian/ccq_t2", "imatrix/iq2_s"),
     Comparison("hessian/ccq_t2_5", "imatrix/iq3_xxs"),
 )

@@ -9,9 +9,14 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from measurements import HESSIAN, IMATRIX, NONE, P_TYPES, STOCK, T_TYPES, Row, frontier
+from measurements import HESSIAN, IMATRIX, NONE, P_TYPES, STOCK, T_TYPES, TARGETS, Row, frontier
 
-STYLES = {T_TYPES: ("#0b62c4", "o", "CCQ T"), P_TYPES: ("#1a8a4b", "s", "CCQ P"), STOCK: ("#c4460b", "^", "llama.cpp")}
+STYLES = {
+    T_TYPES: ("#0b62c4", "o", "CCQ T"),
+    TARGETS: ("#7a2bbf", "D", "CCQ T, types by measured loss"),
+    P_TYPES: ("#1a8a4b", "s", "CCQ P"),
+    STOCK: ("#c4460b", "^", "llama.cpp"),
+}
 """Colour, marker and name of each family."""
 
 LINES = {NONE: (":", "no data"), IMATRIX: ("-", "importance"), HESSIAN: ("--", "importance and Hessians")}
@@ -52,7 +57,7 @@ def draw(rows: list[Row], path: Path) -> None:
                 [], [], line, color=colour, marker=marker, markersize=4.5, linewidth=1.3,
                 markerfacecolor="white" if setting == NONE else colour, label=f"{family_name}, {setting_name}",
             )  # fmt: skip
-    for row in _labelled(rows):
+    for row in _labelled([row for row in rows if row.family != TARGETS]):
         ours = row.family != STOCK
         axes.annotate(
             row.type.removeprefix("ccq_").upper(),

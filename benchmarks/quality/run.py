@@ -31,6 +31,7 @@ from measurements import (
     NONE,
     STOCK,
     T_TYPES,
+    TARGETS,
     Recipe,
     Row,
     Table,
@@ -121,9 +122,12 @@ class Bench:
             known = imatrix.load(importance)
             fresh = (known.datasets, known.chunk_size) == ([str(s.calibration)], s.ctx)
             fresh = fresh and known.chunk_count == s.calibration_windows
+            fresh = fresh and all(entry.gradients is not None for entry in known.entries.values())
         if not fresh:
             click.echo(f"Calibrating: up to {s.calibration_windows} windows of {s.ctx} tokens of {s.calibration.name}")
-            options = calibrate.CalibrationOptions(s.ctx, s.calibration_windows, s.threads, overwrite=True)
+            options = calibrate.CalibrationOptions(
+                s.ctx, s.calibration_windows, threads=s.threads, overwrite=True, gradients=True
+            )
             calibrate.calibrate(s.model, s.calibration, importance, options, hessian=products)
         return imatrix.load(importance), Hessians(products)
 
@@ -216,7 +220,7 @@ class Bench:
 
 def effort_of(recipe: Recipe, settings: Settings) -> str:
     """What the effort of a row says: only the T types' encoder has one."""
-    return settings.effort if recipe.family == T_TYPES else ""
+    return settings.effort if recipe.family in (T_TYPES, TARGETS) else ""
 
 
 def wanted(settings: Settings, table: Table) -> list[Recipe]:
