@@ -101,12 +101,7 @@ class Importance:
         """
         if name not in self.entries:
             return None
-        self.check(name, n_matrices, row_len)
-        entry = self.entries[name]
-        sums = entry.sums.reshape(-1, row_len).astype(np.float64)
-        counts = entry.hits(len(sums))[:, None]
-        sums[counts[:, 0] == 0] = 0
-        mean = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+        sums, counts, mean = self._moments(name, n_matrices, row_len)
         if len(sums) > 1:
             overall = sums.sum(axis=0) / max(1.0, float(counts.sum()))
             own = mean.mean(axis=1, keepdims=True)
@@ -131,12 +126,19 @@ class Importance:
         """
         if name not in self.entries:
             return None
+        _, _, mean = self._moments(name, n_matrices, row_len)
+        return np.array(np.broadcast_to(mean, (n_matrices, row_len)), np.float32)
+
+    def _moments(
+        self, name: str, n_matrices: int, row_len: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """An entry's sums ``[sets, row_len]``, counts ``[sets, 1]`` and means, 0 where the count is."""
         self.check(name, n_matrices, row_len)
         entry = self.entries[name]
         sums = entry.sums.reshape(-1, row_len).astype(np.float64)
         counts = entry.hits(len(sums))[:, None]
-        mean = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
-        return np.array(np.broadcast_to(mean, (n_matrices, row_len)), np.float32)
+        sums[counts[:, 0] == 0] = 0
+        return sums, counts, np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
 
     def output_gradients(self, name: str, n_matrices: int, rows: int) -> NDArray[np.float32] | None:
         """How much the outputs of the tensor ``name`` matter: float32 ``[n_matrices, rows]``, rows as in the model's
