@@ -17,7 +17,7 @@ demo: .venv/.llama ## convert the bundled model, compare types, print a table
 test: .venv/.test ## the test suite
 	$(BIN)/pytest
 
-test-slow: .venv/.test ## statistics on 10^6 weights, long fuzzing
+test-slow: .venv/.test ## statistics on 10^6 weights, long fuzzing, memory of a 2 GB model
 	$(BIN)/pytest -m slow
 
 test-upstream: .venv/.test ## against llama.cpp's own sources and converter (fetches the source archive)
