@@ -353,7 +353,9 @@ def test_failed_self_test_undoes_everything(faulty_plugin: Path, fault: str, rea
 
 @pytest.mark.upstream
 def test_declared_structs_match_the_pinned_sources() -> None:
-    """Every offset, size and constant of host_abi.h against ggml's own headers (CCQ_LLAMA_CPP_SRC: its tree)."""
-    ggml = Path(os.environ["CCQ_LLAMA_CPP_SRC"]) / "ggml"
+    """Every offset, size and constant of host_abi.h against ggml's own headers."""
+    from upstream_diff.fetch import source_tree
+
+    ggml = source_tree() / "ggml"
     includes = [f"-I{p}" for p in (BACKEND / "ggml", ggml / "include", ggml / "src", ggml / "src/ggml-cpu")]
     compile(CXX, "-std=c++17", *includes, "-fsyntax-only", HERE / "plugin/abi_check.cpp")
