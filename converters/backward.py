@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .forward import BATCH, ROUTER, ForwardPass, ModelTensor, Sums, expert_tensors, load_weights, output_tensor
+from .forward import BATCH, ROUTER, Experts, ForwardPass, ModelTensor, Sums, expert_tensors, load_weights, output_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -125,13 +125,7 @@ class BackwardPass:
             upstream.copy_(gradient)
             advance(2 * x.shape[0] * x.shape[1])
 
-    def _experts(
-        self,
-        layer: Any,
-        index: int,
-        experts: tuple[ModelTensor, ModelTensor, ModelTensor],
-        advance: Callable[[int], None],
-    ) -> None:
+    def _experts(self, layer: Any, index: int, experts: Experts, advance: Callable[[int], None]) -> None:
         """A layer with a mixture of experts: first back through one expert after the other, to their inputs and the
         shares they had; with these, back through router, norm and attention."""
         import torch
@@ -180,7 +174,7 @@ class BackwardPass:
         self,
         act_fn: Callable[[torch.Tensor], torch.Tensor],
         expert: int,
-        experts: tuple[ModelTensor, ModelTensor, ModelTensor],
+        experts: Experts,
         where: tuple[torch.Tensor, ...],
         inputs: torch.Tensor,
         share_of: torch.Tensor,

@@ -105,8 +105,7 @@ def factorize(
         rest[:] = 0
         mean = 1.0
     rest *= (1 - shrinkage) * (count / (count + n / 8) if math.isfinite(count) else 1) / mean
-    rest[np.diag_indices(n)] = (diagonal if diagonal.any() else 1.0) / mean
-    rest[np.diag_indices(n)] += damping
+    rest[np.diag_indices(n)] = (diagonal if diagonal.any() else 1.0) / mean + damping
     trellis = isinstance(layout.code, layouts.TrellisCode)
     size = layout.block_weights
     weights = np.empty(n)
@@ -170,18 +169,18 @@ def encode_with_feedback(x: F32, factors: Factors, threads: int = 0, effort: str
 
     layout, size = factors.layout, factors.layout.block_weights
     rows, n = x.shape
-    power = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
     gain = target_gain(layout)
+    if factors.coupling is None:
+        power = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
     target = x.astype(np.float64)
     out = np.empty((rows, n // size, layout.block_bytes), np.uint8)
     for start in range(0, n, size):
         stop = start + size
         block = target[:, start:stop].astype(np.float32)
-        weights = factors.weights[start:stop]
+        weights, coupling = factors.weights[start:stop], None
         if factors.coupling is None:
             weights = (magnitude_weights(block, power) * weights).astype(np.float32)
-        coupling = None
-        if factors.coupling is not None and factors.coupling[start // _GROUP].any():
+        elif factors.coupling[start // _GROUP].any():
             coupling = factors.coupling[start // _GROUP][None]
         codes = ccq_backend.encode(
             layout,

@@ -143,8 +143,12 @@ def dense_inputs(tensors: dict[str, ModelTensor], layer: int) -> Iterator[tuple[
             yield module, names, tensors[f"{prefix}{module}.weight"].source
 
 
-def expert_tensors(tensors: dict[str, ModelTensor], layer: int) -> tuple[ModelTensor, ModelTensor, ModelTensor] | None:
-    """Gate, up and down of a layer's experts."""
+Experts = tuple[ModelTensor, ModelTensor, ModelTensor]
+"""Gate, up and down of a layer's experts."""
+
+
+def expert_tensors(tensors: dict[str, ModelTensor], layer: int) -> Experts | None:
+    """The experts of a layer that has some."""
     prefix = f"model.layers.{layer}.{EXPERTS}"
     if f"{prefix}gate_proj.weight" not in tensors:
         return None
@@ -348,13 +352,7 @@ class ForwardPass:
             shares.append(share)
         return inputs, torch.cat(chosen), torch.cat(shares)
 
-    def _experts(
-        self,
-        layer: Any,
-        index: int,
-        experts: tuple[ModelTensor, ModelTensor, ModelTensor],
-        advance: Callable[[int], None],
-    ) -> None:
+    def _experts(self, layer: Any, index: int, experts: Experts, advance: Callable[[int], None]) -> None:
         """The mixture of experts: all tokens are routed first, then one expert after the other is loaded."""
         import torch
         from torch.nn.functional import linear

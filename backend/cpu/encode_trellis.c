@@ -73,6 +73,7 @@ void ccq_coupled_init(ccq_coupled * coupled, const ccq_trellis * trellis) {
     order_levels(reversed);
     coupled->coupling = NULL;
 }
+
 int32_t ccq_trellis_scale_byte(float scale) {
     if (scale == 0.0f) { return 0; }
     for (int byte = 1; byte < SCALE_BYTES; byte++) {

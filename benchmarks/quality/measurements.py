@@ -147,7 +147,7 @@ class Table:
                     f"its rows have another {name} ({known[name]}, not {value}); name another file or delete this one",
                     file=self.path,
                 )
-        _replace(self.setup_path, json.dumps({**known, **setup}, indent=1) + "\n")
+        replace_file(self.setup_path, json.dumps({**known, **setup}, indent=1) + "\n")
 
     def put(self, row: Row) -> None:
         """Add or replace a row in the file as it is now.  Raises ``OutputError``, ``EvalError``."""
@@ -157,7 +157,7 @@ class Table:
             writer = csv.writer(text, lineterminator="\n")
             writer.writerow([f.name for f in fields(Row)])
             writer.writerows([_cell(f.name, getattr(row, f.name)) for f in fields(Row)] for row in self.sorted())
-            _replace(self.path, text.getvalue())
+            replace_file(self.path, text.getvalue())
 
     def sorted(self) -> list[Row]:
         """By setting, then size."""
@@ -179,7 +179,8 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a file under another name, then rename it.  Raises ``OutputError``."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -259,7 +260,7 @@ def embed(path: Path, name: str, content: str) -> None:
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise EvalError(f"has no lines '{begin.strip()}' and '{end.strip()}'", file=path)
-    _replace(path, f"{before}{begin}\n{content}\n\n{end}{after}")
+    replace_file(path, f"{before}{begin}\n{content}\n\n{end}{after}")
 
 
 def frontier(points: Iterable[Row]) -> list[Row]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
+import io
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from measurements import HESSIAN, IMATRIX, NONE, P_TYPES, STOCK, T_TYPES, TARGETS, Row, frontier
+from measurements import HESSIAN, IMATRIX, NONE, P_TYPES, STOCK, T_TYPES, TARGETS, Row, frontier, replace_file
 
 STYLES = {
     T_TYPES: ("#0b62c4", "o", "CCQ T"),
@@ -76,11 +75,11 @@ def draw(rows: list[Row], path: Path) -> None:
     axes.set_title(f"{rows[0].model}, {rows[0].scored:,} tokens", fontsize=10)
     axes.grid(which="both", color="#e4e4e4", linewidth=0.6)
     axes.legend(fontsize=8)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.svg")
+    svg = io.StringIO()
     # A fixed salt and no date: the same rows give the same file.
     with mpl.rc_context({"svg.hashsalt": "quality"}):
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
-    os.replace(temporary, path)
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    replace_file(path, svg.getvalue())
 
 
 def _labelled(rows: list[Row]) -> list[Row]:

@@ -44,13 +44,12 @@ from measurements import (
 import ccq_backend
 from ccq_converters import calibrate, evaluate, hf2gguf, imatrix, llama
 from ccq_converters.hessian import Hessians
-from ccq_converters.plan import QuantOptions, format_bytes, make_plan
+from ccq_converters.plan import QuantOptions, format_bytes, free_matrices
 from ccq_converters.quantize import sources_of
 from ccq_format.errors import CcqError, EvalError, PlanError
 from ccq_format.gguf_io import open_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-EMBEDDINGS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,8 @@ class Bench:
     @cached_property
     def matrices(self) -> frozenset[str]:
         """Names of the tensors that are to have the type: all but embedding, output, norms and the like."""
-        plan = make_plan(sources_of(open_model(self.base_file)), QuantOptions("q8_0"))
-        return frozenset(t.source.name for t in plan.tensors if t.type == "q8_0" and t.source.name not in EMBEDDINGS)
+        sources = sources_of(open_model(self.base_file))
+        return frozenset(source.name for source in free_matrices(sources, QuantOptions("q8_0")))
 
     @cached_property
     def data(self) -> tuple[imatrix.Importance, Hessians]:
