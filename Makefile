@@ -6,6 +6,10 @@ BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find backend ccq_format converters -type f -not -name '*.pyc')
 # pip keeps the wheel of llama-cpp-python: only its first installation compiles llama.cpp (6 to 15 minutes on 2 cores).
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# GCC before 12.4 and 13.3 (its bug 114098) takes stores to a tile configuration for dead: llama.cpp compiled with it crashes
+# on a CPU with AMX in the first product of a q8_0 or q4_0 matrix.  Without the passes that remove dead stores it does not.
+AMX := $(shell echo | $(or $(CXX),c++) -march=native -dM -E - 2>/dev/null | grep -c __AMX_INT8__)
+INSTALL_LLAMA := $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(INSTALL)
 
 .PHONY: setup demo test test-slow test-upstream test-isa generate vectors check clean
 
@@ -49,13 +53,13 @@ clean: ## remove what the targets made
 
 .venv/.llama: .venv/.python $(SOURCES)
 	@echo "installing; the first time this compiles llama.cpp, which takes 6 to 15 minutes on two cores"
-	$(INSTALL) '.[llama]'
+	$(INSTALL_LLAMA) '.[llama]'
 	touch $@
 
 .venv/.test: .venv/.llama
-	$(INSTALL) '.[llama,test]'
+	$(INSTALL_LLAMA) '.[llama,test]'
 	touch $@
 
 .venv/.check: .venv/.test
-	$(INSTALL) '.[llama,test,check]'
+	$(INSTALL_LLAMA) '.[llama,test,check]'
 	touch $@

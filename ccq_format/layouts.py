@@ -1,6 +1,6 @@
 """The one table of CCQ tensor types.
 
-Every other description of a type -- numpy dtype, C structs and constants (``backend/generated``), the tables in
+Every other description of a type -- numpy dtype, C structs and constants (``backend/core/layouts.h``), the tables in
 ``spec/ccq.md`` -- is derived from the rows below by ``backend/gen.py`` or computed from them at run time.  The one
 thing written by hand a second time is the decoder in ``spec/reference``, on purpose: a wrong table must not agree
 with itself.  Section numbers refer to ``spec/ccq.md``.

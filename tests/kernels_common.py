@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+import ccq_backend
 from ccq_format.layouts import GROUP, LAYOUTS, Layout, TrellisCode
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 T_LAYOUTS = [layout for layout in LAYOUTS if isinstance(layout.code, TrellisCode)]
-ACT_BLOCK = np.dtype([("d", "<f4"), ("sum", "<i4"), ("q", "<i2", GROUP)])
-ACT_MAX = 127 * 256
 
 TESTS = Path(__file__).resolve().parent
 
@@ -89,17 +88,20 @@ def expected_weights(layout: Layout, row: U8) -> F32:
     return out.reshape(-1)
 
 
-def expected_dot(layout: Layout, row: U8, act: U8) -> np.float32:
-    """Product of one row with one row of quantized activations, in the order of backend/cpu/ACTIVATIONS.md."""
-    v, g = levels_and_scales(layout, row)
-    a = act.view(ACT_BLOCK)
-    isum = (v * a["q"].astype(np.int64)).sum(axis=1).astype(np.float32)
-    acc = np.zeros(4, np.float32)
+def expected_dots(layout: Layout, blocks: U8, act: U8) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Products of rows of blocks with rows of quantized activations, and how far a kernel set may be from them, by the
+    rule of backend/cpu/ACTIVATIONS.md: both f64 [activations, rows].  Not finite where a scale is not."""
+    n = blocks.shape[1] // layout.block_bytes * layout.block_weights
+    q, d = ccq_backend.read_activations(act, n)
+    x = np.repeat(d.astype(np.float64), GROUP, axis=1) * q
+    exact, bound = np.empty((2, len(act), len(blocks)))
     with np.errstate(all="ignore"):
-        term = isum * (g * a["d"])
-        for k, t in enumerate(term):
-            acc[k & 3] = acc[k & 3] + t
-        return np.float32((acc[0] + acc[2]) + (acc[1] + acc[3]))
+        for r, row in enumerate(blocks):
+            v, g = levels_and_scales(layout, row)
+            w = (v * g.astype(np.float64)[:, None]).reshape(-1)
+            exact[:, r] = x @ w
+            bound[:, r] = np.abs(x) @ np.abs(w) * (n / GROUP + 8) * 2.0**-24
+    return exact, bound
 
 
 def run_python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:

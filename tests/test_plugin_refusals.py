@@ -310,9 +310,9 @@ def test_libllama_uses_another_copy(tmp_path: Path) -> None:
 def faulty_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plugin's own sources with kernels that can be made to err (scalar ones, built without optimization)."""
     folder = tmp_path_factory.mktemp("faulty")
-    kernels = [BACKEND / "cpu" / f for f in ("dispatch.c", "encode.c", "encode_paper.c", "encode_trellis.c")]
+    sources = [*sorted((BACKEND / "cpu").glob("*.c")), BACKEND / "cpu/scalar/kernels.c", HERE / "plugin/faulty_kernels.c"]
     objects = []
-    for source in [*kernels, BACKEND / "cpu/scalar/kernels.c", HERE / "plugin/faulty_kernels.c"]:
+    for source in sources:
         objects.append(folder / f"{source.parent.name}-{source.stem}.o")
         compile(CC, "-c", "-O1", "-fPIC", "-w", "-ffp-contract=off", f"-I{BACKEND}/include", source, "-o", objects[-1])
     plugin = folder / "libggml-ccq-faulty.so"

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from .kernels import ACT_BLOCK_BYTES, EFFORTS, decode, encode, isa, isas, mul_mat, quantize_activations, vec_dot
+from .kernels import (
+    EFFORTS,
+    act_bytes,
+    decode,
+    encode,
+    isa,
+    isas,
+    mul_mat,
+    quantize_activations,
+    read_activations,
+)
 from .plugin import load_plugin, plugin_path
 
 __all__ = [
-    "ACT_BLOCK_BYTES",
     "EFFORTS",
+    "act_bytes",
     "decode",
     "encode",
     "isa",
@@ -16,5 +26,5 @@ __all__ = [
     "mul_mat",
     "plugin_path",
     "quantize_activations",
-    "vec_dot",
+    "read_activations",
 ]

@@ -17,9 +17,6 @@ from ._ccq import ffi, lib
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
-ACT_BLOCK_BYTES: int = ffi.sizeof("ccq_act_block")
-"""Bytes of one block (64 values) of the activation format."""
-
 EFFORTS: dict[str, int] = {
     "fast": lib.CCQ_EFFORT_FAST,
     "default": lib.CCQ_EFFORT_DEFAULT,
@@ -162,47 +159,70 @@ def decode(type: str | layouts.Layout, blocks: npt.ArrayLike) -> F32:
     return out
 
 
+def _aligned(rows: int, row_bytes: int) -> U8:
+    """Uninitialized u8 [rows, row_bytes] whose start is a multiple of 64 bytes."""
+    raw = np.empty(rows * row_bytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + rows * row_bytes].reshape(rows, row_bytes)
+
+
+def act_bytes(cols: int) -> int:
+    """Bytes of a row of ``cols`` quantized activations, a multiple of 64.  Raises ``ShapeError``, ``BackendError``."""
+    size = ffi.new("size_t *")
+    _check(lib.ccq_act_bytes(cols, size))
+    return int(size[0])
+
+
 def quantize_activations(x: npt.ArrayLike) -> U8:
-    """Activations f32 [rows, cols] (cols a multiple of 64) in the kernels' int8 format, u8 [rows, bytes].
+    """Activations f32 [rows, cols] (cols a multiple of 64) as the kernel set's integers, u8 [rows, act_bytes(cols)].
 
     Raises ``ShapeError``, ``BackendError``.
     """
     a = _matrix(x, np.float32, "activations")
-    if a.shape[1] % layouts.GROUP:
-        raise errors.ShapeError(f"row length {a.shape[1]} is no multiple of {layouts.GROUP}")
-    out = np.empty((a.shape[0], a.shape[1] // layouts.GROUP * ACT_BLOCK_BYTES), np.uint8)
-    _check(lib.ccq_quantize_activations(_pointer(a, "const float *"), a.size, _pointer(out, "ccq_act_block *")))
+    rows, cols = a.shape
+    if cols % layouts.GROUP:
+        raise errors.ShapeError(f"row length {cols} is no multiple of {layouts.GROUP}")
+    out = _aligned(rows, act_bytes(cols))
+    for values, row in zip(a, out, strict=True):
+        _check(
+            lib.ccq_quantize_activations(
+                _pointer(values, "const float *"), cols, 0, cols // layouts.GROUP, _pointer(row, "void *")
+            )
+        )
     return out
 
 
 def _activations(act: npt.ArrayLike, cols: int) -> U8:
     a = _matrix(act, np.uint8, "activations")
-    if a.shape[1] != cols // layouts.GROUP * ACT_BLOCK_BYTES:
+    if a.shape[1] != act_bytes(cols):
         raise errors.ShapeError(f"activations have {a.shape[1]} bytes per row, which does not fit {cols} weights")
+    if a.ctypes.data % 64:
+        aligned = _aligned(*a.shape)
+        aligned[:] = a
+        return aligned
     return a
 
 
-def vec_dot(type: str | layouts.Layout, blocks: npt.ArrayLike, act: npt.ArrayLike) -> float:
-    """Product of one row of blocks u8 [1, row bytes] and one row of quantized activations u8 [1, bytes].
+def read_activations(act: npt.ArrayLike, cols: int) -> tuple[npt.NDArray[np.int16], F32]:
+    """What quantized activations u8 [rows, act_bytes(cols)] hold: integers i16 [rows, cols] and the scales of their
+    groups of 64, f32 [rows, cols / 64].
 
     Raises ``ShapeError``, ``BackendError``.
     """
-    layout = _layout(type)
-    b, cols = _blocks(layout, blocks)
     a = _activations(act, cols)
-    if b.shape[0] != 1 or a.shape[0] != 1:
-        raise errors.ShapeError("vec_dot takes one row of each")
-    out = ffi.new("float *")
-    _check(
-        lib.ccq_vec_dot(
-            layout.gguf_id, cols, _pointer(b, "const void *"), _pointer(a, "const ccq_act_block *"), out
+    q = np.empty((a.shape[0], cols), np.int16)
+    d = np.empty((a.shape[0], cols // layouts.GROUP), np.float32)
+    for row, integers, scales in zip(a, q, d, strict=True):
+        _check(
+            lib.ccq_read_activations(
+                _pointer(row, "const void *"), cols, _pointer(integers, "int16_t *"), _pointer(scales, "float *")
+            )
         )
-    )
-    return float(out[0])
+    return q, d
 
 
 def mul_mat(type: str | layouts.Layout, blocks: npt.ArrayLike, act: npt.ArrayLike) -> F32:
-    """Products f32 [n, rows] of blocks u8 [rows, row bytes] with quantized activations u8 [n, bytes].
+    """Products f32 [n, rows] of blocks u8 [rows, row bytes] with quantized activations u8 [n, act_bytes(cols)].
 
     Raises ``ShapeError``, ``BackendError``.
     """
@@ -210,18 +230,23 @@ def mul_mat(type: str | layouts.Layout, blocks: npt.ArrayLike, act: npt.ArrayLik
     b, cols = _blocks(layout, blocks)
     a = _activations(act, cols)
     out = np.empty((a.shape[0], b.shape[0]), np.float32)
-    _check(
-        lib.ccq_mul_mat(
-            layout.gguf_id,
-            cols,
-            _pointer(b, "const void *"),
-            b.shape[1],
-            b.shape[0],
-            _pointer(a, "const ccq_act_block *"),
-            cols // layouts.GROUP,
-            a.shape[0],
-            _pointer(out, "float *"),
-            b.shape[0],
-        )
+    size = ffi.new("size_t *")
+    _check(lib.ccq_mul_mat_work(cols, a.shape[0], size))
+    work = _aligned(1, int(size[0]))
+    product = ffi.new(
+        "ccq_product *",
+        {
+            "n": cols,
+            "blocks": _pointer(b, "const void *"),
+            "row_stride": b.shape[1],
+            "n_rows": b.shape[0],
+            "act": _pointer(a, "const void *"),
+            "act_stride": a.shape[1],
+            "n_cols": a.shape[0],
+            "out": _pointer(out, "float *"),
+            "out_stride": b.shape[0],
+            "work": _pointer(work, "void *"),
+        },
     )
+    _check(lib.ccq_mul_mat(layout.gguf_id, product))
     return out

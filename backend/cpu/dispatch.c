@@ -1,9 +1,17 @@
 /* The kernel table, and the entry points that check their arguments and call through it. */
 #include "dispatch.h"
 
+#include "activations.h"
+
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef CCQ_BUILD_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 /* --- types ------------------------------------------------------------------------------------------------------ */
 
@@ -52,10 +60,30 @@ static int has_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+static int has_avx512_vbmi(void) {
+    return has_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+}
+
+#ifdef CCQ_BUILD_AMX
+/* Whether CPU and kernel have AMX, and the kernel lets this process use it: a process must ask once, before its threads'
+ * first use. */
+static int has_amx(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18, AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25 };
+    unsigned a, b, c, d;
+    return has_avx512_vbmi() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_TILE) && (d & AMX_INT8) &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
 #endif
 
 const ccq_isa_entry ccq_isa_table[] = {
 #ifdef CCQ_BUILD_X86
+#ifdef CCQ_BUILD_AMX
+    {"amx", has_amx, &ccq_kernels_amx},
+#endif
+    {"avx512_vbmi", has_avx512_vbmi, &ccq_kernels_avx512_vbmi},
     {"avx512", has_avx512, &ccq_kernels_avx512},
     {"avx2", has_avx2, &ccq_kernels_avx2},
 #endif
@@ -126,70 +154,78 @@ ccq_status ccq_decode(int32_t type, const void * blocks, int64_t n, float * out)
     return CCQ_OK;
 }
 
-ccq_status ccq_quantize_activations(const float * x, int64_t n, ccq_act_block * out) {
-    const ccq_kernels * kernels;
-    const ccq_status status = ccq_active_kernels(&kernels);
+/* The set in use for rows of n activations. */
+static ccq_status prepare_activations(int64_t n, const ccq_kernels ** kernels) {
+    const ccq_status status = ccq_active_kernels(kernels);
     if (status != CCQ_OK) { return status; }
     if (n < 0) { return CCQ_ERR_ARGUMENT; }
-    if (n % CCQ_GROUP) { return CCQ_ERR_ROW_LENGTH; }
+    return n % CCQ_GROUP ? CCQ_ERR_ROW_LENGTH : CCQ_OK;
+}
+
+ccq_status ccq_act_bytes(int64_t n, size_t * bytes) {
+    const ccq_kernels * kernels;
+    const ccq_status status = prepare_activations(n, &kernels);
+    if (status != CCQ_OK) { return status; }
+    if (bytes == NULL) { return CCQ_ERR_ARGUMENT; }
+    *bytes = ccq_act_row_bytes(n, kernels->act_value_bytes);
+    return CCQ_OK;
+}
+
+ccq_status ccq_quantize_activations(const float * x, int64_t n, int64_t first, int64_t count, void * act) {
+    const ccq_kernels * kernels;
+    const ccq_status status = prepare_activations(n, &kernels);
+    if (status != CCQ_OK) { return status; }
+    if (first < 0 || count < 0 || first > n / CCQ_GROUP - count) { return CCQ_ERR_ARGUMENT; }
+    if (count == 0) { return CCQ_OK; }
+    if (x == NULL || act == NULL) { return CCQ_ERR_ARGUMENT; }
+    const int32_t bytes = kernels->act_value_bytes;
+    kernels->quantize(x, count, (char *)act + first * CCQ_GROUP * bytes, ccq_act_scales(act, n, bytes) + first,
+                      ccq_act_sums(act, n, bytes) + first);
+    return CCQ_OK;
+}
+
+ccq_status ccq_read_activations(const void * act, int64_t n, int16_t * q, float * d) {
+    const ccq_kernels * kernels;
+    const ccq_status status = prepare_activations(n, &kernels);
+    if (status != CCQ_OK) { return status; }
     if (n == 0) { return CCQ_OK; }
-    if (x == NULL || out == NULL) { return CCQ_ERR_ARGUMENT; }
-    kernels->quantize(x, n / CCQ_GROUP, out);
+    if (act == NULL || q == NULL || d == NULL) { return CCQ_ERR_ARGUMENT; }
+    const int32_t bytes = kernels->act_value_bytes;
+    for (int64_t i = 0; i < n; i++) { q[i] = bytes == 1 ? ((const int8_t *)act)[i] : ((const int16_t *)act)[i]; }
+    memcpy(d, ccq_act_scales(act, n, bytes), (size_t)(n / CCQ_GROUP) * sizeof *d);
     return CCQ_OK;
 }
 
-ccq_status ccq_vec_dot(int32_t type, int64_t n, const void * blocks, const ccq_act_block * act, float * out) {
+ccq_status ccq_mul_mat_work(int64_t n, int64_t n_cols, size_t * bytes) {
     const ccq_kernels * kernels;
-    int32_t index;
-    const ccq_status status = prepare(type, n, &kernels, &index);
+    const ccq_status status = prepare_activations(n, &kernels);
     if (status != CCQ_OK) { return status; }
-    if (out == NULL || (n > 0 && (blocks == NULL || act == NULL))) { return CCQ_ERR_ARGUMENT; }
-    *out = kernels->vec_dot[index](blocks, n / TYPES[index].block_weights, act);
+    if (n_cols < 0 || bytes == NULL) { return CCQ_ERR_ARGUMENT; }
+    *bytes = kernels->work_bytes(n, n_cols);
     return CCQ_OK;
 }
 
-/* Rows that are decoded before the columns are gone through: enough that a column's activations are read once for many
- * rows, and few enough that rows of 8192 levels stay in a second-level cache. */
-enum { PANEL_ROWS = 16 };
-
-/* One column is cheaper without the detour through memory. */
-enum { PANEL_COLUMNS = 2 };
-
-ccq_status ccq_mul_mat(int32_t type, int64_t n, const void * blocks, int64_t row_stride, int64_t n_rows,
-                       const ccq_act_block * act, int64_t act_stride, int64_t n_cols, float * out,
-                       int64_t out_stride) {
+ccq_status ccq_mul_mat(int32_t type, const ccq_product * product) {
     const ccq_kernels * kernels;
     int32_t index;
-    const ccq_status status = prepare(type, n, &kernels, &index);
+    if (product == NULL) { return CCQ_ERR_ARGUMENT; }
+    const ccq_product * p = product;
+    const ccq_status status = prepare(type, p->n, &kernels, &index);
     if (status != CCQ_OK) { return status; }
-    if (n_rows < 0 || n_cols < 0 || row_stride < 0 || act_stride < 0 || out_stride < 0) { return CCQ_ERR_ARGUMENT; }
-    if (n_rows == 0 || n_cols == 0) { return CCQ_OK; }
-    if (out == NULL || (n > 0 && (blocks == NULL || act == NULL))) { return CCQ_ERR_ARGUMENT; }
-
-    const uint8_t * rows = blocks;
-    const int64_t n_blocks = n / TYPES[index].block_weights;
-    if (n_cols < PANEL_COLUMNS) {
-        for (int64_t c = 0; c < n_cols; c++) {
-            for (int64_t r = 0; r < n_rows; r++) {
-                out[c * out_stride + r] =
-                    kernels->vec_dot[index](rows + r * row_stride, n_blocks, act + c * act_stride);
-            }
+    if (p->n_rows < 0 || p->n_cols < 0 || p->row_stride < 0 || p->act_stride < 0 || p->out_stride < 0) {
+        return CCQ_ERR_ARGUMENT;
+    }
+    if (p->n_rows == 0 || p->n_cols == 0) { return CCQ_OK; }
+    if (p->out == NULL) { return CCQ_ERR_ARGUMENT; }
+    if (p->n == 0) { /* empty sums */
+        for (int64_t c = 0; c < p->n_cols; c++) {
+            float * out = p->out + (p->out_index != NULL ? p->out_index[c] : c) * p->out_stride;
+            for (int64_t r = 0; r < p->n_rows; r++) { out[r] = 0.0f; }
         }
         return CCQ_OK;
     }
-    const int64_t n_groups = n / CCQ_GROUP;
-    const int64_t panel = n_rows < PANEL_ROWS ? n_rows : PANEL_ROWS;
-    const size_t scales_bytes = (size_t)(panel * n_groups) * sizeof(float);
-    float * scales = malloc(scales_bytes + (size_t)(panel * n) + 1);
-    if (scales == NULL) { return CCQ_ERR_MEMORY; }
-    int8_t * levels = (int8_t *)scales + scales_bytes;
-    for (int64_t r = 0; r < n_rows; r += panel) {
-        const int64_t count = n_rows - r < panel ? n_rows - r : panel;
-        for (int64_t i = 0; i < count; i++) {
-            kernels->levels[index](rows + (r + i) * row_stride, n_blocks, levels + i * n, scales + i * n_groups);
-        }
-        kernels->panel_dot(levels, scales, n_groups, count, act, act_stride, n_cols, out + r, out_stride);
-    }
-    free(scales);
+    const uintptr_t unaligned = ((uintptr_t)p->act | (uintptr_t)p->act_stride | (uintptr_t)p->work) & 63;
+    if (p->blocks == NULL || p->act == NULL || p->work == NULL || unaligned) { return CCQ_ERR_ARGUMENT; }
+    kernels->mul_mat[index](p);
     return CCQ_OK;
 }

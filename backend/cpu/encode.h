@@ -1,20 +1,112 @@
-/* Block encoders.  One call encodes one block; the driver (encode.c) checks the input, splits rows into blocks and runs
- * blocks on threads, so an encoder holds no state between calls and its bytes depend on its arguments only. */
+/* The encoders: working memory and arithmetic that encoder and kernel sets share.
+ *
+ * One call encodes one block; the driver (encode.c) checks the input, splits rows into blocks and runs blocks on
+ * threads, so an encoder holds no state between calls and its bytes depend on its arguments only. */
 #ifndef CCQ_ENCODE_H
 #define CCQ_ENCODE_H
 
+#include "../core/decode.h"
 #include "../include/ccq.h"
 
-#ifdef __cplusplus
-extern "C" {
-#endif
+struct ccq_kernels;
+
+/* --- T types (encode_trellis.c) ----------------------------------------------------------------------------------- */
+
+enum {
+    CCQ_TRELLIS_LEVELS = 4096,  /* windows of 12 bits */
+    CCQ_TRELLIS_STATES = 2048   /* the most states between two steps: 12 bits less a stride of 1 */
+};
+
+CCQ_STATIC_ASSERT(CCQ_T1_5_WINDOW_BITS == 12 && CCQ_T2_WINDOW_BITS == 12 && CCQ_T2_5_WINDOW_BITS == 12 &&
+                      CCQ_T3_WINDOW_BITS == 12,
+                  "the Viterbi tables are made for 12-bit windows");
+
+/* Working memory of one encoder thread, and the tables of the T type it encodes.
+ *
+ * The tables by step & 1 hold the levels in the order in which a Viterbi step reads them: the window
+ * (run * part + k) << after | p at (run * ways + p) * part + k; viterbi_step in kernels.inl says what these are. */
+typedef struct ccq_trellis {
+    int32_t stride[2];                                  /* of even and odd steps */
+    int8_t level[CCQ_TRELLIS_LEVELS];                   /* by window */
+    int16_t levels[2][CCQ_TRELLIS_LEVELS];              /* of even and odd steps */
+    int16_t scaled[2][CCQ_TRELLIS_LEVELS];              /* CCQ_FACTOR_ONE times that */
+    uint16_t sorted[CCQ_TRELLIS_STATES];                /* scalar: the metrics entering a step, by predecessor */
+    uint16_t metric[CCQ_GROUP + 1][CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
+} ccq_trellis;
+
+enum { CCQ_COUPLED_KEPT = 256 };
+
+/* Working memory of one encoder thread's searches with coupled errors (coupled.inl).  The reversed trellis passes the
+ * same cycles backwards: windows and states have their bits in reverse order, step i is step 63 - i of the block. */
+typedef struct ccq_coupled {
+    ccq_trellis reversed;
+    uint16_t reverse[CCQ_TRELLIS_LEVELS];           /* windows with their bits in reverse order */
+    const float * coupling;                         /* which one lies in row: it stays as it is for all blocks */
+    int16_t row[CCQ_GROUP][CCQ_GROUP];              /* the coupling, rows in units of 2^(shift - 15) */
+    int32_t shift[CCQ_GROUP];
+    int16_t target[2][CCQ_COUPLED_KEPT][CCQ_GROUP]; /* of the survivors before even and odd steps, 1/64 level */
+    uint16_t state[2][CCQ_COUPLED_KEPT];
+    int32_t metric[2][CCQ_COUPLED_KEPT];
+    uint16_t found[CCQ_TRELLIS_STATES];             /* the last step after which a state had a survivor << 8 | which */
+    uint32_t back[CCQ_GROUP][CCQ_COUPLED_KEPT];     /* of each survivor after a step: its window, its parent << 16 */
+} ccq_coupled;
+
+/* The cost of a step, an integer: the squared error in units of eight squared levels, times the weight's factor (root of
+ * the importance, CCQ_FACTOR_ONE for 1) squared; rounded to nearest.  Three ways to write it in 16-bit operations:
+ *
+ *   no factors                   x is CCQ_FACTOR_ONE times the weight in units of the scale
+ *   factor <= CCQ_FACTOR_SCALED  x is `factor` times the weight
+ *   larger factors               x is CCQ_FACTOR_ONE times the weight; errors are bounded, then multiplied
+ *
+ * Costs stay below 32768, and so do the metrics to which they are added: CCQ_METRIC_MAX stands for all above.  A weight
+ * that is a level exactly costs nothing there. */
+enum {
+    CCQ_FACTOR_ONE = 64,
+    CCQ_FACTOR_SCALED = 128,
+    CCQ_FACTOR_MAX = 2040,
+    CCQ_METRIC_MAX = 32767,
+    CCQ_LEVEL_MAX = 127
+};
+
+/* The largest magnitude of x: so that no error leaves 16 bits, and so that weights far above the largest level, which
+ * have large errors on all ways, do not lift all metrics to CCQ_METRIC_MAX. */
+static inline int32_t ccq_value_bound(int32_t factor) {
+    if (factor > CCQ_FACTOR_SCALED) { return CCQ_LEVEL_MAX * CCQ_FACTOR_ONE; }
+    const int32_t far = (CCQ_LEVEL_MAX + 64) * factor, room = 32767 - CCQ_LEVEL_MAX * factor;
+    return far < room ? far : room;
+}
+
+/* The bound on CCQ_FACTOR_ONE times the error above CCQ_FACTOR_SCALED. */
+static inline int32_t ccq_error_bound(int32_t factor) { return (32767 / (factor >> 3)) << 3; }
+
+static inline int32_t ccq_step_cost(int32_t x, int32_t factor, int32_t level) {
+    int32_t error = x - level * (factor <= CCQ_FACTOR_SCALED ? factor : CCQ_FACTOR_ONE);
+    if (factor > CCQ_FACTOR_SCALED) {
+        error = error < 0 ? -error : error;
+        error = error < ccq_error_bound(factor) ? error : ccq_error_bound(factor);
+        error = (error >> 3) * (factor >> 3);
+    }
+    return (error * error + (1 << 14)) >> 15;
+}
+
+/* Fill the tables for the type at `index` (a T type). */
+void ccq_trellis_init(ccq_trellis * trellis, int32_t index);
+void ccq_coupled_init(ccq_coupled * coupled, const ccq_trellis * trellis);
+
+/* Encode 64 weights; w is NULL for all ones; coupled and coupling (64 x 64, as in ccq.h) are NULL where errors are
+ * independent; scale_byte < 0: searched; effort is a ccq_effort. */
+void ccq_encode_trellis_block(const struct ccq_kernels * kernels, ccq_trellis * trellis, ccq_coupled * coupled,
+                              const float * x, const float * w, const float * coupling, int32_t scale_byte,
+                              int32_t effort, uint8_t * block);
+
+/* The scale byte that means exactly `scale`, or -1. */
+int32_t ccq_trellis_scale_byte(float scale);
+
+/* --- P types (encode_paper.c) ------------------------------------------------------------------------------------- */
 
 /* Encode one block of a P type.  x and importance_or_null are type->block_weights contiguous floats, already checked:
  * x finite, importance finite and >= 0 (NULL: all ones).  block receives type->block_bytes bytes.  Thread safe. */
 ccq_status ccq_encode_paper_block(const ccq_type_info * type, const float * x, const float * importance_or_null,
                                   uint8_t * block);
 
-#ifdef __cplusplus
-}
-#endif
 #endif

@@ -20,7 +20,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "../generated/ccq_layouts.h"
+#include "../core/layouts.h"
 
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF

@@ -10,7 +10,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "decode.h"
+#include "../core/decode.h"
+#include "kernels.h"
 
 /* Scales reach from 2^-27 to 30 (bytes 1 and 255): weights beyond 127 * 30 saturate.  Clamped where squares could
  * overflow float32; such a weight decodes to the largest level in any case. */

@@ -17,7 +17,8 @@ bool is_own_node(const Host & host, const abi::tensor & node) {
     case OpClass::MulMat:
         return x->type == abi::kTypeF32;
     case OpClass::MulMatId:
-        return x->type == abi::kTypeF32 && node.src[2] && node.src[2]->type == abi::kTypeI32;
+        return x->type == abi::kTypeF32 && node.src[2] && node.src[2]->type == abi::kTypeI32 &&
+               node.nb[2] % node.nb[1] == 0;
     case OpClass::GetRows:
         return x->type == abi::kTypeI32;
     default:
@@ -63,7 +64,7 @@ void GraphCopy::add_custom(const abi::tensor & node, abi::custom_op_t run, const
 void GraphCopy::add_own(const abi::tensor & node, OpClass op_class) {
     const abi::tensor & w = *node.src[0];
     const abi::tensor & x = *node.src[1];
-    Task task{&ws_, find_type(w.type), &w, &x, nullptr, false, false};
+    Task task{&ws_, find_type(w.type), &w, &x, nullptr, false, false, false, nullptr};
     if (op_class == OpClass::GetRows) {
         add_custom(node, run_get_rows, task);
     } else {
@@ -76,9 +77,15 @@ void GraphCopy::add_own(const abi::tensor & node, OpClass op_class) {
         if (task.route) {
             routing_ = {task.ids, node.flags, w.ne[2], extent_of(*task.ids)};
         }
-        if (task.quantize || task.route) {
+        if (task.ids) {
+            const Columns wanted{x.ne[1], node.nb[2] / node.nb[1]};
+            task.columns = task.route || columns_ != wanted;
+            columns_ = wanted;
+        }
+        if (task.quantize || task.route || task.columns) {
             add_custom(node, run_prepare, task);
         }
+        task.next = &next_chunk_[tasks_.size()];
         add_custom(node, task.ids ? run_mul_mat_id : run_mul_mat, task);
     }
     forget_overwritten(node, op_class);
@@ -86,7 +93,7 @@ void GraphCopy::add_own(const abi::tensor & node, OpClass op_class) {
 
 // Sizes everything that the graph's nodes will share: nothing may move once a node points at it.
 void GraphCopy::reserve(const abi::tensor * const * nodes, int n_nodes) {
-    size_t act_bytes = 0, experts = 0, pairs = 0;
+    size_t all_act_bytes = 0, experts = 0, pairs = 0;
     own_nodes_ = 0;
     for (int i = 0; i < n_nodes; i++) {
         const abi::tensor & node = *nodes[i];
@@ -99,19 +106,26 @@ void GraphCopy::reserve(const abi::tensor * const * nodes, int n_nodes) {
             continue;
         }
         const abi::tensor & x = *node.src[1];
-        const int64_t groups = x.ne[0] / CCQ_GROUP * x.ne[1] * x.ne[2] * x.ne[3];
-        act_bytes = std::max(act_bytes, static_cast<size_t>(groups) * sizeof(ccq_act_block));
+        const auto rows = static_cast<size_t>(x.ne[1] * x.ne[2] * x.ne[3]);
+        all_act_bytes = std::max(all_act_bytes, rows * act_bytes(x.ne[0]));
+        ws_.work_bytes = std::max(ws_.work_bytes, work_bytes(node));
         if (op_class == OpClass::MulMatId) {
             const abi::tensor & ids = *node.src[2];
             experts = std::max(experts, static_cast<size_t>(node.src[0]->ne[2]));
             pairs = std::max(pairs, static_cast<size_t>(ids.ne[0] * ids.ne[1]));
-            ws_.gather_bytes = std::max(ws_.gather_bytes, gather_bytes(*node.src[0], ids));
         }
     }
-    ws_.act.reserve(act_bytes);
+    ws_.act.reserve(all_act_bytes);
     if (experts) {
         ws_.first.resize(std::max(ws_.first.size(), experts + 1));
-        ws_.pairs.resize(std::max(ws_.pairs.size(), pairs));
+        ws_.used.resize(std::max(ws_.used.size(), experts));
+        for (std::vector<int32_t> * by_pair : {&ws_.pairs, &ws_.act_rows, &ws_.out_rows}) {
+            by_pair->resize(std::max(by_pair->size(), pairs));
+        }
+    }
+    if (2 * own_nodes_ > n_next_chunk_) {
+        n_next_chunk_ = 2 * own_nodes_;
+        next_chunk_ = std::make_unique<std::atomic<int64_t>[]>(n_next_chunk_);
     }
     customs_.clear();
     customs_.reserve(2 * own_nodes_);
@@ -122,6 +136,13 @@ void GraphCopy::reserve(const abi::tensor * const * nodes, int n_nodes) {
     graph_.resize(host_.graph_bytes);
 }
 
+void GraphCopy::restart() {
+    ws_.failure = nullptr;
+    for (size_t i = 0; i < n_next_chunk_; i++) {
+        next_chunk_[i] = 0;
+    }
+}
+
 abi::cgraph * GraphCopy::rewrite(const abi::cgraph * graph) {
     auto * original = const_cast<abi::cgraph *>(graph); // the host's accessors take it so; they only read
     abi::tensor ** nodes = host_.graph_nodes(original);
@@ -130,7 +151,7 @@ abi::cgraph * GraphCopy::rewrite(const abi::cgraph * graph) {
     if (!own_nodes_) {
         return nullptr;
     }
-    ws_.failure = nullptr;
+    restart();
     act_ = {};
     routing_ = {};
     for (int i = 0; i < n_nodes; i++) {

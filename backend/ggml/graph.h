@@ -4,6 +4,8 @@
 #include "host.h"
 #include "ops.h"
 
+#include <utility>
+
 namespace ccq {
 
 // True if `node` is a MUL_MAT, MUL_MAT_ID or GET_ROWS that the plugin runs itself.
@@ -17,6 +19,9 @@ class GraphCopy {
     // The graph to run instead of `graph`, valid until the next call; nullptr if nothing in it is ours.
     // Throws std::bad_alloc.
     abi::cgraph * rewrite(const abi::cgraph * graph);
+
+    // Before the same rewritten graph runs again.
+    void restart();
 
     // Why the last run's results are invalid, or nullptr.
     const char * failure() const { return ws_.failure.load(); }
@@ -38,6 +43,9 @@ class GraphCopy {
         bool serves(const abi::tensor & wanted, int32_t wanted_flags, int64_t wanted_experts) const;
     };
 
+    // What MUL_MAT_ID's rows of act and dst depend on besides the routing: activation rows and dst rows of a token.
+    using Columns = std::pair<int64_t, size_t>;
+
     Extent extent_of(const abi::tensor & t) const;
     void forget_overwritten(const abi::tensor & node, OpClass op_class);
     void add_custom(const abi::tensor & node, abi::custom_op_t run, const Task & task);
@@ -47,8 +55,11 @@ class GraphCopy {
     const Host & host_;
     Workspace ws_;
     Prepared act_, routing_;
+    Columns columns_;
     std::vector<abi::tensor> customs_; // reserved before they are pointed at
     std::vector<Task> tasks_;
+    std::unique_ptr<std::atomic<int64_t>[]> next_chunk_; // by task
+    size_t n_next_chunk_ = 0;
     std::vector<abi::tensor *> nodes_;
     std::vector<unsigned char> graph_;
     size_t own_nodes_ = 0;

@@ -78,8 +78,11 @@ void * graph_plan_create(abi::backend * backend, const abi::cgraph * graph) {
 
 int graph_plan_compute(abi::backend * backend, void * plan) {
     HookedBackend & ours = hooked(backend);
-    const int status = ours.stock.graph_plan_compute(backend, plan);
     const auto own = ours.plans.find(plan);
+    if (own != ours.plans.end()) {
+        own->second->restart();
+    }
+    const int status = ours.stock.graph_plan_compute(backend, plan);
     return own == ours.plans.end() ? status : finish(*own->second, status);
 }
 

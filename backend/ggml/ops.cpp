@@ -21,9 +21,14 @@ Range share(int64_t n, int ith, int nth, int64_t grain) {
     return {std::min(n, units * ith / nth * grain), std::min(n, units * (ith + 1) / nth * grain)};
 }
 
-// Rows of a matrix for one thread.  Consecutive in memory, so that each thread streams; 16 floats of output are a
-// cache line, so that no two threads write to the same one.
-Range row_share(int64_t n_rows, int ith, int nth) { return share(n_rows, ith, nth, 16); }
+// Rows of a matrix are handed out in chunks, so that a thread whose core is busy with something else does less: about
+// eight for each thread, in multiples of what the kernels take at once.
+constexpr int64_t kChunkRows = 64;
+
+int64_t chunk_rows(int64_t n_rows, int nth) {
+    const int64_t even = nth == 1 ? n_rows : (n_rows + 8 * nth - 1) / (8 * nth);
+    return std::max(kChunkRows, (even + kChunkRows - 1) / kChunkRows * kChunkRows);
+}
 
 void fail(Workspace & ws, const char * reason) {
     const char * expected = nullptr;
@@ -45,8 +50,8 @@ template <typename T> T * at(const abi::tensor & t, int64_t i0, int64_t i1, int6
 // Quantizes this thread's share of all 64-value groups of x, wherever its rows lie.
 void quantize(const Task & task, int ith, int nth) {
     const abi::tensor & x = *task.x;
-    const int64_t groups = x.ne[0] / CCQ_GROUP;
-    auto * out = task.ws->act.at<ccq_act_block>(0);
+    const int64_t n = x.ne[0], groups = n / CCQ_GROUP;
+    const size_t row_bytes = act_bytes(n);
     Range todo = share(groups * x.ne[1] * x.ne[2] * x.ne[3], ith, nth, 1);
     while (todo.begin < todo.end) {
         const int64_t row = todo.begin / groups;
@@ -54,15 +59,16 @@ void quantize(const Task & task, int ith, int nth) {
         const int64_t count = std::min(groups - group, todo.end - todo.begin);
         const int64_t i1 = row % x.ne[1], i2 = row / x.ne[1] % x.ne[2], i3 = row / x.ne[1] / x.ne[2];
         const float * values = at<float>(x, group * CCQ_GROUP, i1, i2, i3);
+        void * out = task.ws->act.at<void>(static_cast<size_t>(row) * row_bytes);
         if (x.nb[0] == sizeof(float)) {
-            check(*task.ws, ccq_quantize_activations(values, count * CCQ_GROUP, out + todo.begin));
+            check(*task.ws, ccq_quantize_activations(values, n, group, count, out));
         } else {
-            for (int64_t g = 0; g < count; g++) {
+            for (int64_t g = group; g < group + count; g++) {
                 float dense[CCQ_GROUP];
                 for (int64_t i = 0; i < CCQ_GROUP; i++) {
-                    dense[i] = *at<float>(x, (group + g) * CCQ_GROUP + i, i1, i2, i3);
+                    dense[i] = *at<float>(x, g * CCQ_GROUP + i, i1, i2, i3);
                 }
-                check(*task.ws, ccq_quantize_activations(dense, CCQ_GROUP, out + todo.begin + g));
+                check(*task.ws, ccq_quantize_activations(dense, n, g, 1, out));
             }
         }
         todo.begin += count;
@@ -76,6 +82,7 @@ void route(const Task & task) {
     const int64_t n_experts = task.w->ne[2];
     Workspace & ws = *task.ws;
     std::fill_n(ws.first.begin(), n_experts + 1, 0);
+    ws.n_used = 0;
     for (int64_t t = 0; t < ids.ne[1]; t++) {
         for (int64_t slot = 0; slot < ids.ne[0]; slot++) {
             const int32_t expert = *at<int32_t>(ids, slot, t, 0, 0);
@@ -95,49 +102,40 @@ void route(const Task & task) {
         const int32_t expert = *at<int32_t>(ids, pair % ids.ne[0], pair / ids.ne[0], 0, 0);
         ws.pairs[static_cast<size_t>(--ws.first[static_cast<size_t>(expert)])] = static_cast<int32_t>(pair);
     }
+    for (int64_t e = 0; e < n_experts; e++) {
+        if (ws.first[static_cast<size_t>(e)] < ws.first[static_cast<size_t>(e) + 1]) {
+            ws.used[static_cast<size_t>(ws.n_used++)] = static_cast<int32_t>(e);
+        }
+    }
 }
 
-// One expert's pairs [begin, end) for the rows [r0, r1).
-void mul_mat_expert(const Task & task, const abi::tensor & dst, int64_t expert, Range pairs, Range rows, int ith) {
+// The rows of x and dst that belong to each pair.
+void find_columns(const Task & task, const abi::tensor & dst) {
     Workspace & ws = *task.ws;
-    const abi::tensor & w = *task.w;
     const abi::tensor & x = *task.x;
-    const int64_t n = w.ne[0], n_used = task.ids->ne[0], groups = n / CCQ_GROUP;
-    const auto act_of = [&](int32_t pair) {
-        const int64_t row = pair / n_used * x.ne[1] + pair % n_used % x.ne[1];
-        return ws.act.at<ccq_act_block>(0) + row * groups;
-    };
-    const auto out_of = [&](int32_t pair, int64_t row) {
-        return at<float>(dst, row, pair % n_used, pair / n_used, 0);
-    };
-    const auto row_stride = static_cast<int64_t>(w.nb[1]);
-    const char * blocks = at<char>(w, 0, 0, expert, 0);
-    const int32_t * pair = ws.pairs.data() + pairs.begin;
-    int64_t left = pairs.end - pairs.begin;
-    if (left == 1) {
-        check(ws, ccq_mul_mat(task.type->id, n, blocks + rows.begin * row_stride, row_stride, rows.end - rows.begin,
-                              act_of(*pair), groups, 1, out_of(*pair, rows.begin), 0));
-        return;
+    const int64_t n_slots = task.ids->ne[0], n_pairs = n_slots * task.ids->ne[1];
+    const auto token_rows = static_cast<int64_t>(dst.nb[2] / dst.nb[1]);
+    for (int64_t i = 0; i < n_pairs; i++) {
+        const int64_t token = ws.pairs[static_cast<size_t>(i)] / n_slots;
+        const int64_t slot = ws.pairs[static_cast<size_t>(i)] % n_slots;
+        ws.act_rows[static_cast<size_t>(i)] = static_cast<int32_t>(token * x.ne[1] + slot % x.ne[1]);
+        ws.out_rows[static_cast<size_t>(i)] = static_cast<int32_t>(token * token_rows + slot);
     }
-    // Columns of one expert are strewn over the batch: they are copied together, and the results are dealt out.
-    auto * out = ws.gather.at<float>(static_cast<size_t>(ith) * ws.gather_bytes);
-    auto * act = reinterpret_cast<ccq_act_block *>(out + kGatherRows * kGatherColumns);
-    while (left > 0) {
-        const int64_t columns = std::min(left, kGatherColumns);
-        for (int64_t c = 0; c < columns; c++) {
-            memcpy(act + c * groups, act_of(pair[c]), static_cast<size_t>(groups) * sizeof *act);
-        }
-        for (int64_t r = rows.begin; r < rows.end; r += kGatherRows) {
-            const int64_t count = std::min(kGatherRows, rows.end - r);
-            check(ws, ccq_mul_mat(task.type->id, n, blocks + r * row_stride, row_stride, count, act, groups, columns,
-                                  out, kGatherRows));
-            for (int64_t c = 0; c < columns; c++) {
-                memcpy(out_of(pair[c], r), out + c * kGatherRows, static_cast<size_t>(count) * sizeof *out);
-            }
-        }
-        pair += columns;
-        left -= columns;
-    }
+}
+
+// A product of the rows [rows.begin, rows.end) of a matrix, all but its columns.
+ccq_product product_of(const Task & task, const abi::tensor & dst, const void * blocks, Range rows, int ith) {
+    const auto row_stride = static_cast<int64_t>(task.w->nb[1]);
+    ccq_product p{};
+    p.n = task.w->ne[0];
+    p.blocks = static_cast<const char *>(blocks) + rows.begin * row_stride;
+    p.row_stride = row_stride;
+    p.n_rows = rows.end - rows.begin;
+    p.act = task.ws->act.at<void>(0);
+    p.act_stride = static_cast<int64_t>(act_bytes(p.n));
+    p.out_stride = static_cast<int64_t>(dst.nb[1] / sizeof(float));
+    p.work = task.ws->work.at<void>(static_cast<size_t>(ith) * task.ws->work_bytes);
+    return p;
 }
 
 } // namespace
@@ -154,22 +152,32 @@ void Scratch::reserve(size_t bytes) {
     }
 }
 
-size_t gather_bytes(const abi::tensor & w, const abi::tensor & ids) {
-    const int64_t columns = std::min(kGatherColumns, ids.ne[0] * ids.ne[1]);
-    const int64_t bytes = kGatherRows * kGatherColumns * static_cast<int64_t>(sizeof(float)) +
-                          columns * (w.ne[0] / CCQ_GROUP) * static_cast<int64_t>(sizeof(ccq_act_block));
-    return static_cast<size_t>((bytes + 63) / 64 * 64);
+size_t act_bytes(int64_t n) {
+    size_t bytes = 0;
+    (void)ccq_act_bytes(n, &bytes); // the plugin has asked for the kernel set before it became active
+    return bytes;
 }
 
-void run_prepare(abi::tensor *, int ith, int nth, void * userdata) {
+size_t work_bytes(const abi::tensor & node) {
+    const abi::tensor & x = *node.src[1];
+    size_t bytes = 0;
+    (void)ccq_mul_mat_work(x.ne[0], node.ne[1] * node.ne[2] * node.ne[3], &bytes);
+    return (bytes + 63) / 64 * 64;
+}
+
+void run_prepare(abi::tensor * dst, int ith, int nth, void * userdata) {
     const Task & task = *static_cast<Task *>(userdata);
-    if (task.route && ith == 0) {
+    if (ith == 0) {
         try {
-            task.ws->gather.reserve(task.ws->gather_bytes * static_cast<size_t>(nth));
-            route(task);
+            task.ws->work.reserve(task.ws->work_bytes * static_cast<size_t>(nth));
         } catch (const std::bad_alloc &) {
-            std::fill(task.ws->first.begin(), task.ws->first.end(), 0);
             fail(*task.ws, "out of memory");
+        }
+        if (task.route) {
+            route(task);
+        }
+        if (task.columns && !task.ws->failure) {
+            find_columns(task, *dst);
         }
     }
     if (task.quantize) {
@@ -179,40 +187,50 @@ void run_prepare(abi::tensor *, int ith, int nth, void * userdata) {
 
 void run_mul_mat(abi::tensor * dst, int ith, int nth, void * userdata) {
     const Task & task = *static_cast<Task *>(userdata);
-    const abi::tensor & w = *task.w;
-    const abi::tensor & x = *task.x;
-    const Range rows = row_share(w.ne[1], ith, nth);
-    if (rows.begin == rows.end) {
+    if (task.ws->failure) {
         return;
     }
-    const int64_t n = w.ne[0], groups = n / CCQ_GROUP;
+    const abi::tensor & w = *task.w;
+    const abi::tensor & x = *task.x;
+    const size_t row_bytes = act_bytes(w.ne[0]);
     const int64_t r2 = x.ne[2] / w.ne[2], r3 = x.ne[3] / w.ne[3];
-    const auto out_stride = static_cast<int64_t>(dst->nb[1] / sizeof(float));
     // Matrices that share the weights follow each other in the quantized activations; where they do in dst too, they
     // are multiplied at once, so that the weights are decoded once.
     const int64_t merge = dst->nb[2] == dst->nb[1] * static_cast<size_t>(x.ne[1]) ? r2 : 1;
-    for (int64_t i3 = 0; i3 < x.ne[3]; i3++) {
-        for (int64_t i2 = 0; i2 < x.ne[2]; i2 += merge) {
-            const auto * act = task.ws->act.at<ccq_act_block>(0) + (i3 * x.ne[2] + i2) * x.ne[1] * groups;
-            check(*task.ws, ccq_mul_mat(task.type->id, n, at<char>(w, 0, rows.begin, i2 / r2, i3 / r3),
-                                        static_cast<int64_t>(w.nb[1]), rows.end - rows.begin, act, groups,
-                                        x.ne[1] * merge, at<float>(*dst, rows.begin, 0, i2, i3), out_stride));
+    const int64_t chunk = chunk_rows(w.ne[1], nth);
+    for (int64_t begin; (begin = task.next->fetch_add(1) * chunk) < w.ne[1];) {
+        const Range rows{begin, std::min(begin + chunk, w.ne[1])};
+        for (int64_t i3 = 0; i3 < x.ne[3]; i3++) {
+            for (int64_t i2 = 0; i2 < x.ne[2]; i2 += merge) {
+                ccq_product p = product_of(task, *dst, at<char>(w, 0, 0, i2 / r2, i3 / r3), rows, ith);
+                p.act = static_cast<const char *>(p.act) + static_cast<size_t>((i3 * x.ne[2] + i2) * x.ne[1]) * row_bytes;
+                p.n_cols = x.ne[1] * merge;
+                p.out = at<float>(*dst, rows.begin, 0, i2, i3);
+                check(*task.ws, ccq_mul_mat(task.type->id, &p));
+            }
         }
     }
 }
 
 void run_mul_mat_id(abi::tensor * dst, int ith, int nth, void * userdata) {
     const Task & task = *static_cast<Task *>(userdata);
-    const Range rows = row_share(task.w->ne[1], ith, nth);
-    if (rows.begin == rows.end) {
+    const Workspace & ws = *task.ws;
+    if (ws.failure) {
         return;
     }
-    const auto & first = task.ws->first;
-    for (int64_t e = 0; e < task.w->ne[2]; e++) {
-        const Range pairs{first[static_cast<size_t>(e)], first[static_cast<size_t>(e) + 1]};
-        if (pairs.begin < pairs.end) {
-            mul_mat_expert(task, *dst, e, pairs, rows, ith);
-        }
+    const abi::tensor & w = *task.w;
+    const int64_t chunk = chunk_rows(w.ne[1] * ws.n_used, nth);
+    const int64_t chunks = (w.ne[1] + chunk - 1) / chunk;
+    for (int64_t item; (item = task.next->fetch_add(1)) < chunks * ws.n_used;) {
+        const auto expert = static_cast<size_t>(ws.used[static_cast<size_t>(item / chunks)]);
+        const int64_t begin = item % chunks * chunk;
+        const Range rows{begin, std::min(begin + chunk, w.ne[1])};
+        ccq_product p = product_of(task, *dst, at<char>(w, 0, 0, static_cast<int64_t>(expert), 0), rows, ith);
+        p.act_index = ws.act_rows.data() + ws.first[expert];
+        p.out_index = ws.out_rows.data() + ws.first[expert];
+        p.n_cols = ws.first[expert + 1] - ws.first[expert];
+        p.out = at<float>(*dst, rows.begin, 0, 0, 0);
+        check(*task.ws, ccq_mul_mat(task.type->id, &p));
     }
 }
 

@@ -31,11 +31,13 @@ class Scratch {
 // What the nodes of one graph share.  Filled by the node that runs first (prepare), read by those behind it; ggml's
 // barrier between nodes orders the two.
 struct Workspace {
-    Scratch act;                // src1 of the node under way: rows of ccq_act_block, in the order of its dims 1, 2, 3
-    std::vector<int32_t> first; // MUL_MAT_ID: pairs of expert e are pairs[first[e]] .. pairs[first[e + 1] - 1]
-    std::vector<int32_t> pairs; // token * n_used + slot
-    Scratch gather;             // MUL_MAT_ID: one area of gather_bytes per thread
-    size_t gather_bytes = 0;
+    Scratch act;       // src1 of the node under way, quantized: rows of act_bytes, in the order of its dims 1, 2, 3
+    Scratch work;      // the kernels' working memory: work_bytes for each thread
+    size_t work_bytes = 0;
+    // MUL_MAT_ID: pairs (token * slots + slot) by expert, those of expert e from first[e] to first[e + 1]; with the rows
+    // of act and of dst that belong to them; and the experts that have any
+    std::vector<int32_t> first, pairs, act_rows, out_rows, used;
+    int64_t n_used = 0;
     std::atomic<const char *> failure{nullptr}; // the first thing that went wrong in this graph
 };
 
@@ -46,15 +48,15 @@ struct Task {
     const abi::tensor * w;   // src[0]: the weights
     const abi::tensor * x;   // src[1]: activations, or GET_ROWS' row numbers
     const abi::tensor * ids; // MUL_MAT_ID's experts
-    bool quantize, route;    // prepare: which of the two is to be done
+    bool quantize, route, columns; // prepare: what of this is to be done
+    std::atomic<int64_t> * next = nullptr; // a product's next chunk of rows
 };
 
-// Columns of one expert that are multiplied at once when a batch is large, and rows per call then.
-constexpr int64_t kGatherColumns = 128;
-constexpr int64_t kGatherRows = 64;
+// Bytes of a quantized row of n activations.
+size_t act_bytes(int64_t n);
 
-// Bytes of Workspace::gather that a thread needs for a MUL_MAT_ID node.
-size_t gather_bytes(const abi::tensor & w, const abi::tensor & ids);
+// Bytes of working memory that a thread needs for a MUL_MAT or MUL_MAT_ID node.
+size_t work_bytes(const abi::tensor & node);
 
 // Run by every thread; userdata is a Task.
 void run_prepare(abi::tensor * dst, int ith, int nth, void * task);

@@ -64,9 +64,8 @@ void fill_blocks(int32_t type, void * data, int64_t n_weights, Random & random) 
 #undef X
 }
 
-// Activations that the integer format keeps exactly: integers times a power of two, every eighth of them 127, of which
-// CCQ_ACT_MAX is a multiple.  So a wrong product cannot hide behind their rounding.
-static_assert(CCQ_ACT_MAX % 127 == 0);
+// Activations that every set's integers keep exactly: integers times a power of two, every eighth of them 127, of which
+// their largest magnitude is a multiple.  So a wrong product cannot hide behind their rounding.
 
 void fill_activations(abi::tensor * t, Random & random) {
     auto * x = static_cast<float *>(t->data);
@@ -77,14 +76,14 @@ void fill_activations(abi::tensor * t, Random & random) {
     }
 }
 
-// True if `got` may be <w, x>: what is left is the rounding of sums in float32 (../cpu/ACTIVATIONS.md) and of w.
+// True if `got` may be <w, x>: what is left is the rounding of sums in float32 (../cpu/ACTIVATIONS.md).
 bool is_dot(const float * w, const float * x, float got) {
     double exact = 0, size = 0;
     for (int64_t i = 0; i < kN; i++) {
         exact += static_cast<double>(w[i]) * x[i];
         size += std::fabs(static_cast<double>(w[i]) * x[i]);
     }
-    return std::fabs(got - exact) <= size * (kGroups / 4 + 8) * 0x1p-24; // false for NaN
+    return std::fabs(got - exact) <= size * (kGroups + 8) * 0x1p-24; // false for NaN
 }
 
 // Frees in the right order whatever happens.

@@ -3,7 +3,7 @@
 
 #include "host_abi.h"
 
-#include "../generated/ccq_layouts.h"
+#include "../core/layouts.h"
 
 namespace ccq {
 

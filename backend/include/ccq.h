@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define CCQ_GROUP 64 /* weights that share one scale; also the block of the activation format */
+#define CCQ_GROUP 64 /* weights that share one scale */
 
 typedef enum ccq_status {
     CCQ_OK = 0,
@@ -82,28 +82,41 @@ ccq_status ccq_encode(int32_t type, const float * weights, int64_t n_rows, int64
 
 /* --- products with integer activations -------------------------------------------------------------------------- */
 
-/* The activation format (backend/cpu/ACTIVATIONS.md): per 64 values a float32 scale, the int32 sum of the 64 integers,
- * and those integers; 136 bytes, never stored in a file. */
-#define CCQ_ACT_MAX 32512 /* largest magnitude of those integers: 127 * 256 */
+/* The kernels multiply weights with activations that are rounded to integers first.  The format is the kernel set's own
+ * (backend/cpu/ACTIVATIONS.md), is never stored in a file and is only to be handed on. */
 
-typedef struct ccq_act_block {
-    float d;
-    int32_t sum;
-    int16_t q[CCQ_GROUP];
-} ccq_act_block;
+/* Bytes of a row of n activations (a multiple of 64); rows lie at multiples of 64 bytes. */
+ccq_status ccq_act_bytes(int64_t n, size_t * bytes);
 
-/* Quantize n floats (a multiple of 64) to n / 64 blocks.  Block-local: any run of whole blocks may be done alone. */
-ccq_status ccq_quantize_activations(const float * x, int64_t n, ccq_act_block * out);
+/* Quantize the groups of 64 floats [first, first + count) of a row of n: x points to the first of them, act to the row.
+ * Group-local: threads may share a row. */
+ccq_status ccq_quantize_activations(const float * x, int64_t n, int64_t first, int64_t count, void * act);
 
-/* out = <decoded row, activations>, n weights. */
-ccq_status ccq_vec_dot(int32_t type, int64_t n, const void * blocks, const ccq_act_block * act, float * out);
+/* What a row of n holds: value i is d[i / 64] * q[i], exactly. */
+ccq_status ccq_read_activations(const void * act, int64_t n, int16_t * q, float * d);
 
-/* out[c * out_stride + r] = <row r, activations c> for n_rows rows (row_stride bytes apart) and n_cols columns
- * (act_stride blocks apart; out_stride floats apart).  Each row is decoded once for all columns, and the result of a
- * (row, column) pair does not depend on n_rows or n_cols. */
-ccq_status ccq_mul_mat(int32_t type, int64_t n, const void * blocks, int64_t row_stride, int64_t n_rows,
-                       const ccq_act_block * act, int64_t act_stride, int64_t n_cols, float * out,
-                       int64_t out_stride);
+/* A product: out(c)[r] = <row r, activations of column c>.  Column c's activations are row act_index[c] of `act`, its
+ * results row out_index[c] of `out`; an index that is NULL means c itself. */
+typedef struct ccq_product {
+    int64_t n;             /* weights of a row */
+    const void * blocks;   /* n_rows rows, row_stride bytes apart */
+    int64_t row_stride;
+    int64_t n_rows;
+    const void * act;      /* rows of ccq_act_bytes(n), 64-byte aligned, act_stride bytes apart */
+    int64_t act_stride;
+    const int32_t * act_index;
+    int64_t n_cols;
+    float * out;           /* rows of at least n_rows floats, out_stride floats apart */
+    int64_t out_stride;
+    const int32_t * out_index;
+    void * work;           /* ccq_mul_mat_work bytes, 64-byte aligned, one area per thread */
+} ccq_product;
+
+/* Bytes of working memory for products of n weights with up to n_cols columns. */
+ccq_status ccq_mul_mat_work(int64_t n, int64_t n_cols, size_t * bytes);
+
+/* Compute a product.  Weights are decoded once for all columns, or once for a few where that is cheaper. */
+ccq_status ccq_mul_mat(int32_t type, const ccq_product * product);
 
 #ifdef __cplusplus
 }

@@ -9,14 +9,12 @@ static int faulty(const char * op) {
     return fault != NULL && strcmp(fault, op) == 0;
 }
 
-ccq_status __real_ccq_mul_mat(int32_t, int64_t, const void *, int64_t, int64_t, const ccq_act_block *, int64_t,
-                              int64_t, float *, int64_t);
-ccq_status __wrap_ccq_mul_mat(int32_t type, int64_t n, const void * blocks, int64_t row_stride, int64_t n_rows,
-                              const ccq_act_block * act, int64_t act_stride, int64_t n_cols, float * out,
-                              int64_t out_stride) {
-    const ccq_status status = __real_ccq_mul_mat(type, n, blocks, row_stride, n_rows, act, act_stride, n_cols, out,
-                                                 out_stride);
-    if (faulty("product")) { out[n_rows - 1] *= 1.25f; }
+ccq_status __real_ccq_mul_mat(int32_t, const ccq_product *);
+ccq_status __wrap_ccq_mul_mat(int32_t type, const ccq_product * product) {
+    const ccq_status status = __real_ccq_mul_mat(type, product);
+    if (faulty("product")) {
+        product->out[(product->out_index ? product->out_index[0] : 0) * product->out_stride + product->n_rows - 1] *= 1.25f;
+    }
     return status;
 }
 
@@ -28,7 +26,7 @@ ccq_status __wrap_ccq_decode(int32_t type, const void * blocks, int64_t n, float
     return status;
 }
 
-ccq_status __real_ccq_quantize_activations(const float * x, int64_t n, ccq_act_block * out);
-ccq_status __wrap_ccq_quantize_activations(const float * x, int64_t n, ccq_act_block * out) {
-    return faulty("memory") ? CCQ_ERR_MEMORY : __real_ccq_quantize_activations(x, n, out);
+ccq_status __real_ccq_quantize_activations(const float *, int64_t, int64_t, int64_t, void *);
+ccq_status __wrap_ccq_quantize_activations(const float * x, int64_t n, int64_t first, int64_t count, void * act) {
+    return faulty("memory") ? CCQ_ERR_MEMORY : __real_ccq_quantize_activations(x, n, first, count, act);
 }

@@ -1,34 +1,55 @@
-/* Decoding, one group of 64 weights at a time: integer levels and a scale (spec sections 5 and 6).  Shared by all
- * kernel sets, so everything is static inline.  All float operations are single and unfused. */
+/* Decoding, one group of 64 weights at a time: integer levels and a scale (spec sections 5 and 6).  The one text that
+ * all kernel sets, the plugin and a GPU compile; it needs nothing but layouts.h.  All float operations are single and
+ * unfused. */
 #ifndef CCQ_DECODE_H
 #define CCQ_DECODE_H
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "layouts.h"
 
-static inline float ccq_bits_float(uint32_t bits) {
+#if FLT_EVAL_METHOD != 0
+#error "float arithmetic must be evaluated in float: decoding is bit-exact"
+#endif
+
+/* What every function here is; a CUDA build adds __host__ __device__. */
+#ifndef CCQ_CORE
+#define CCQ_CORE static inline
+#endif
+
+/* Position of a type in tables; the order of CCQ_TYPES, T types first. */
+enum {
+#define X(STEM, stem, id, weights, bytes) CCQ_INDEX_##STEM,
+    CCQ_TYPES(X)
+#undef X
+        CCQ_TYPE_COUNT
+};
+
+enum { CCQ_FIRST_PAPER_INDEX = CCQ_INDEX_P2 };
+
+CCQ_CORE float ccq_bits_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-static inline uint32_t ccq_float_bits(float value) {
+CCQ_CORE uint32_t ccq_float_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-static inline uint32_t ccq_load_u16(const uint8_t * p) { return (uint32_t)p[0] | (uint32_t)p[1] << 8; }
+CCQ_CORE uint32_t ccq_load_u16(const uint8_t * p) { return (uint32_t)p[0] | (uint32_t)p[1] << 8; }
 
-static inline uint32_t ccq_load_u32(const uint8_t * p) { return ccq_load_u16(p) | ccq_load_u16(p + 2) << 16; }
+CCQ_CORE uint32_t ccq_load_u32(const uint8_t * p) { return ccq_load_u16(p) | ccq_load_u16(p + 2) << 16; }
 
 /* --- T types ---------------------------------------------------------------------------------------------------- */
 
 /* (8 + m) * 2^(e - bias) with m the low 3 bits and e the high 5: those are a float's first mantissa bits and its
  * exponent less a constant, so the bits need one addition.  Byte 0 means 0. */
-static inline float ccq_t_scale(uint8_t byte) {
+CCQ_CORE float ccq_t_scale(uint8_t byte) {
     return byte ? ccq_bits_float(((uint32_t)byte + ((127 + 3 - CCQ_T2_SCALE_EXPONENT_BIAS) << 3)) << 20) : 0.0f;
 }
 
@@ -37,13 +58,13 @@ CCQ_STATIC_ASSERT(CCQ_T1_5_SCALE_EXPONENT_BIAS == CCQ_T2_SCALE_EXPONENT_BIAS &&
                       CCQ_T3_SCALE_EXPONENT_BIAS == CCQ_T2_SCALE_EXPONENT_BIAS,
                   "one scale encoding for all T types");
 
-static inline int8_t ccq_t_level(uint32_t window, uint32_t multiplier, uint32_t mask, int shift, int offset) {
+CCQ_CORE int8_t ccq_t_level(uint32_t window, uint32_t multiplier, uint32_t mask, int shift, int offset) {
     const uint32_t hash = window * multiplier & 0xffff;
     return (int8_t)((int)(hash & mask) + (int)(hash >> shift & mask) - offset);
 }
 
 /* Levels of one block's cycle of code bits.  n_bytes <= 24. */
-static inline void ccq_t_levels(const uint8_t * codes, int n_bytes, int even, int odd, uint32_t multiplier,
+CCQ_CORE void ccq_t_levels(const uint8_t * codes, int n_bytes, int even, int odd, uint32_t multiplier,
                                 uint32_t mask, int shift, int offset, int8_t * v) {
     uint8_t cycle[24 + 4];
     memcpy(cycle, codes, (size_t)n_bytes);
@@ -56,7 +77,7 @@ static inline void ccq_t_levels(const uint8_t * codes, int n_bytes, int even, in
 }
 
 #define CCQ_T_GROUP(STEM, stem)                                                                                        \
-    static inline float ccq_group_##stem(const uint8_t * block, int group, int8_t * v) {                               \
+    CCQ_CORE float ccq_group_##stem(const uint8_t * block, int group, int8_t * v) {                               \
         (void)group;                                                                                                   \
         ccq_t_levels(block + offsetof(ccq_##stem##_block, codes), CCQ_##STEM##_CODE_BITS / 8,                          \
                      CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER,                       \
@@ -71,34 +92,34 @@ CCQ_T_GROUP(T3, t3)
 
 /* --- P types ---------------------------------------------------------------------------------------------------- */
 
-static inline float ccq_p_scale(uint32_t local, const uint8_t * super_scale) {
+CCQ_CORE float ccq_p_scale(uint32_t local, const uint8_t * super_scale) {
     return (float)(int32_t)local * ccq_bits_float(ccq_load_u16(super_scale) << 16);
 }
 
-static inline float ccq_group_scale_p2(const uint8_t * block, int group) {
+CCQ_CORE float ccq_group_scale_p2(const uint8_t * block, int group) {
     const uint8_t pair = block[offsetof(ccq_p2_block, scales) + group / 2];
     return ccq_p_scale(group & 1 ? pair & 15 : pair >> 4, block + offsetof(ccq_p2_block, super_scale));
 }
 
-static inline float ccq_group_scale_p2_5(const uint8_t * block, int group) {
+CCQ_CORE float ccq_group_scale_p2_5(const uint8_t * block, int group) {
     const uint32_t last = ccq_load_u16(block + offsetof(ccq_p2_5_block, codes) + group * 20 + 18);
     return ccq_p_scale(last & ((1u << CCQ_P2_5_SCALE_BITS) - 1), block + offsetof(ccq_p2_5_block, super_scale));
 }
 
-static inline float ccq_group_scale_p2_75(const uint8_t * block, int group) {
+CCQ_CORE float ccq_group_scale_p2_75(const uint8_t * block, int group) {
     const uint32_t last = block[offsetof(ccq_p2_75_block, codes) + group * 22 + 21];
     return ccq_p_scale(last & ((1u << CCQ_P2_75_SCALE_BITS) - 1), block + offsetof(ccq_p2_75_block, super_scale));
 }
 
 /* State of a P2 code byte: a rounded affine map, 0 where that is no int32. */
-static inline int32_t ccq_p2_state(uint8_t code, float code_scale, float code_zp) {
+CCQ_CORE int32_t ccq_p2_state(uint8_t code, float code_scale, float code_zp) {
     const float scaled = (float)code * code_scale;
     const float moved = scaled + code_zp;
     const float rounded = floorf(moved + 0.5f);
     return rounded >= -2147483648.0f && rounded < 2147483648.0f ? (int32_t)rounded : 0;
 }
 
-static inline float ccq_group_p2(const uint8_t * block, int group, int8_t * v) {
+CCQ_CORE float ccq_group_p2(const uint8_t * block, int group, int8_t * v) {
     const float code_scale = ccq_bits_float(ccq_load_u32(block + offsetof(ccq_p2_block, code_scale)));
     const float code_zp = ccq_bits_float(ccq_load_u32(block + offsetof(ccq_p2_block, code_zp)));
     const uint8_t * codes = block + offsetof(ccq_p2_block, codes) + group * 16;
@@ -112,7 +133,7 @@ static inline float ccq_group_p2(const uint8_t * block, int group, int8_t * v) {
     return ccq_group_scale_p2(block, group);
 }
 
-static inline float ccq_group_p2_5(const uint8_t * block, int group, int8_t * v) {
+CCQ_CORE float ccq_group_p2_5(const uint8_t * block, int group, int8_t * v) {
     static const int shifts[CCQ_P2_5_WORD_WEIGHTS] = CCQ_P2_5_SHIFTS;
     const uint8_t * words = block + offsetof(ccq_p2_5_block, codes) + group * 20;
     for (int i = 0; i < 9; i++) {
@@ -126,7 +147,7 @@ static inline float ccq_group_p2_5(const uint8_t * block, int group, int8_t * v)
     return ccq_group_scale_p2_5(block, group);
 }
 
-static inline float ccq_group_p2_75(const uint8_t * block, int group, int8_t * v) {
+CCQ_CORE float ccq_group_p2_75(const uint8_t * block, int group, int8_t * v) {
     static const int shifts[CCQ_P2_75_WORD_WEIGHTS] = CCQ_P2_75_SHIFTS;
     const uint8_t * words = block + offsetof(ccq_p2_75_block, codes) + group * 22;
     for (int i = 0; i < 21; i++) {
@@ -143,7 +164,7 @@ static inline float ccq_group_p2_75(const uint8_t * block, int group, int8_t * v
 
 /* 64 weights from levels and a scale.  A T scale of 0 gives +0 whatever the level; a P scale that is not finite gives
  * the quiet NaN 0x7FC00000, so that every platform's NaN has the same bits. */
-static inline void ccq_group_weights(const int8_t * v, float scale, int trellis, float * out) {
+CCQ_CORE void ccq_group_weights(const int8_t * v, float scale, int trellis, float * out) {
     if (trellis && scale == 0.0f) {
         memset(out, 0, CCQ_GROUP * sizeof *out);
         return;

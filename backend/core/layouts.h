@@ -8,6 +8,8 @@
 #define CCQ_SPEC_MAJOR 0
 #define CCQ_SPEC_MINOR 1
 
+#define CCQ_GROUP 64 /* weights that share one scale */
+
 /* X(STEM, struct stem, GGUF id, weights per block, bytes per block) */
 #define CCQ_TRELLIS_TYPES(X) \
     X(T1_5, t1_5, 32, 64, 13) \

@@ -8,7 +8,7 @@
  * Windows and states are those of the reversed trellis (ccq_coupled): their bits are in reverse order, so that the
  * windows which may follow a state lie next to each other.  Integers only: all kernel sets find the same ways. */
 
-#ifndef CCQ_HAVE_FAST_VITERBI
+#ifndef CCQ_HAVE_LANES
 /* now = old + error * row / 2^15 from `first` (a multiple of 16) on, rounded and saturating. */
 CCQ_INLINE void coupled_move(const int16_t * restrict old, int32_t error, const int16_t * restrict row, int first,
                              int16_t * restrict now) {

@@ -1,0 +1,116 @@
+/* avx512_vbmi/panel.h's panels with AMX: one instruction (tdpbssd) multiplies 64 activations of 16 columns with 64 weights
+ * of 16 rows, which is just one group, since a panel's set lies in memory as the second operand wants it and
+ * activations as the first does.
+ *
+ * Each group has scales of its own, so its integers leave the tile through memory and are added up as floats in
+ * vectors, 3 instructions for 16 results: that, not the tile, sets the pace.  TILES groups at a time are under way, so
+ * that one's additions overlap with the next one's product.
+ *
+ * The tiles' configuration belongs to the thread: ggml sets its own once and relies on it for good, so it is put back. */
+#ifndef CCQ_AMX_TILES_H
+#define CCQ_AMX_TILES_H
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "../generic/inline.h"
+
+#define CCQ_HAVE_MULTIPLY_PANEL
+
+enum { PANEL_SIGNED = 1, TILE_COLUMNS = 16, TILES = 4 };
+
+/* Columns that do not lie one after another, or fewer than 16, are copied here. */
+static size_t tile_bytes(int64_t n) { return (size_t)(TILE_COLUMNS * n) + TILES * 1024; }
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t column_bytes[16];
+    uint8_t rows[16];
+} tile_config;
+
+/* Not the compiler's intrinsics: GCC's before 12.4 and 13.3 name only the configuration's first 8 bytes as an operand, and
+ * none of a tile's memory (its bug 114098), so that stores to the rest may be dropped or come too late. */
+CCQ_INLINE void load_tile_config(const tile_config * config) { __asm__ volatile("ldtilecfg %0" : : "m"(*config)); }
+CCQ_INLINE void store_tile_config(tile_config * config) { __asm__ volatile("sttilecfg %0" : "=m"(*config)); }
+CCQ_INLINE void release_tiles(void) { __asm__ volatile("tilerelease"); }
+#define TILE_LOAD(tile, from, stride)                                                                                  \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((int64_t)(stride)) : "memory")
+#define TILE_STORE(tile, to, stride)                                                                                   \
+    __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"((int64_t)(stride)) : "memory")
+#define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile : :)
+#define TILE_DOT(sum, first, second) __asm__ volatile("tdpbssd %%tmm" #second ", %%tmm" #first ", %%tmm" #sum : :)
+
+#include "../avx512_vbmi/panel.h"
+
+/* 16 columns, of which n_cols exist, with one set of rows: column c's activations lie c * stride bytes behind q. */
+CCQ_INLINE void multiply_tile(const panel * p, int set, int64_t n_groups, const int8_t * q, int64_t stride,
+                              const float * const * d, float * const * out, int n_cols, int32_t * results) {
+    const uint8_t * levels = p->levels + set * SET_BYTES;
+    const float * scales = p->scales + set * SET_ROWS;
+    __m512 acc[TILE_COLUMNS];
+    for (int c = 0; c < TILE_COLUMNS; c++) { acc[c] = _mm512_setzero_ps(); }
+    for (int64_t k = 0; k < n_groups; k += TILES) {
+        const int count = n_groups - k < TILES ? (int)(n_groups - k) : TILES;
+#define CCQ_TILE(i, first, second)                                                                                     \
+    if ((i) < count) {                                                                                                 \
+        TILE_ZERO(i);                                                                                                  \
+        TILE_LOAD(first, q + (k + (i)) * CCQ_GROUP, stride);                                                           \
+        TILE_LOAD(second, levels + (k + (i)) * PANEL_SETS * SET_BYTES, 64);                                            \
+        TILE_DOT(i, first, second);                                                                                    \
+        TILE_STORE(i, results + (i) * 256, 64);                                                                        \
+    }
+        CCQ_TILE(0, 4, 5)
+        CCQ_TILE(1, 6, 7)
+        CCQ_TILE(2, 4, 5)
+        CCQ_TILE(3, 6, 7)
+#undef CCQ_TILE
+        for (int i = 0; i < count; i++) {
+            const __m512 scale = _mm512_load_ps(scales + (k + i) * PANEL_SETS * SET_ROWS);
+#pragma GCC unroll 16
+            for (int c = 0; c < TILE_COLUMNS; c++) {
+                const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(results + i * 256 + c * 16));
+                acc[c] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(d[c][k + i])), acc[c]);
+            }
+        }
+    }
+    const int64_t rows = p->n_rows - set * SET_ROWS;
+    const __mmask16 mask = rows >= SET_ROWS ? 0xffff : (__mmask16)((1u << (rows > 0 ? rows : 0)) - 1);
+    for (int c = 0; c < n_cols; c++) { _mm512_mask_storeu_ps(out[c] + p->first + set * SET_ROWS, mask, acc[c]); }
+}
+
+static __attribute__((noinline)) void multiply_panel(const ccq_product * product, const panel * p, void * work) {
+    const int64_t n = product->n, n_groups = n / CCQ_GROUP;
+    int32_t * results = work;
+    int8_t * copied = (int8_t *)work + TILES * 1024;
+    tile_config before, ours = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        ours.column_bytes[i] = 64;
+        ours.rows[i] = 16;
+    }
+    store_tile_config(&before);
+    load_tile_config(&ours);
+    for (int64_t first = 0; first < product->n_cols; first += TILE_COLUMNS) {
+        const float * d[TILE_COLUMNS];
+        float * out[TILE_COLUMNS];
+        const int64_t left = product->n_cols - first;
+        const int n_cols = left < TILE_COLUMNS ? (int)left : TILE_COLUMNS;
+        const int in_place = product->act_index == NULL && n_cols == TILE_COLUMNS;
+        for (int c = 0; c < TILE_COLUMNS; c++) {
+            const int64_t column = first + (c < n_cols ? c : 0);
+            const int8_t * q = ccq_column_act(product, column);
+            d[c] = ccq_act_scales(q, n, 1);
+            out[c] = ccq_column_out(product, column);
+            if (!in_place) { memcpy(copied + c * n, q, (size_t)n); }
+        }
+        const int8_t * q = in_place ? ccq_column_act(product, first) : copied;
+        const int64_t stride = in_place ? product->act_stride : n;
+        for (int s = 0; s < PANEL_SETS; s++) { multiply_tile(p, s, n_groups, q, stride, d, out, n_cols, results); }
+    }
+    if (before.palette != 0) {
+        load_tile_config(&before);
+    } else {
+        release_tiles();
+    }
+}
+
+#endif

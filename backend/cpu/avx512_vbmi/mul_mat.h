@@ -1,0 +1,73 @@
+/* generic/mul_mat.inl's products with AVX-512 VBMI and VNNI. */
+#ifndef CCQ_AVX512_VBMI_MUL_MAT_H
+#define CCQ_AVX512_VBMI_MUL_MAT_H
+
+#include "panel.h"
+#include "vector.h"
+
+#define CCQ_HAVE_MUL_MAT
+
+/* Rows are at most 3.125 bits a weight; the last one of a product is copied, since blocks are loaded beyond their end. */
+static size_t copied_row_bytes(int64_t n) { return ((size_t)(n / 2 + 2 * ROW_OVERREAD) + 63) & ~(size_t)63; }
+
+static size_t panel_bytes(int64_t n) { return (size_t)(PANEL_ROWS * n) + (size_t)(PANEL_ROWS * n / CCQ_GROUP) * sizeof(float); }
+
+static size_t work_bytes(int64_t n, int64_t n_cols) {
+    const size_t vectors = (size_t)(n_cols < VECTOR_COLUMNS ? n_cols : VECTOR_COLUMNS) * expanded_bytes(n);
+    const size_t panels = n_cols > VECTOR_COLUMNS ? panel_bytes(n) + tile_bytes(n) : 0;
+    return copied_row_bytes(n) + (vectors > panels ? vectors : panels);
+}
+
+/* The next `count` rows from `first` on; behind the product's end the last one again. */
+CCQ_INLINE void row_pointers(const ccq_product * p, const uint8_t * last, int64_t first, int count,
+                             const uint8_t ** row) {
+    for (int i = 0; i < count; i++) {
+        row[i] = first + i < p->n_rows - 1 ? (const uint8_t *)p->blocks + (first + i) * p->row_stride : last;
+    }
+}
+
+#define CCQ_MUL_MAT(stem, row_bytes, expand, fours, offset)                                                            \
+    static void mul_mat_##stem(const ccq_product * p) {                                                                \
+        const int64_t n_groups = p->n / CCQ_GROUP;                                                                     \
+        uint8_t * last = p->work, * work = last + copied_row_bytes(p->n);                                              \
+        const uint8_t * row[PANEL_ROWS];                                                                               \
+        memcpy(last, (const uint8_t *)p->blocks + (p->n_rows - 1) * p->row_stride, (size_t)(row_bytes));               \
+        if (p->n_cols > VECTOR_COLUMNS) {                                                                              \
+            uint8_t * levels = work;                                                                                   \
+            float * scales = (float *)(work + PANEL_ROWS * p->n);                                                      \
+            for (int64_t first = 0; first < p->n_rows; first += PANEL_ROWS) {                                          \
+                const int64_t left = p->n_rows - first;                                                                \
+                const panel rows = {levels, scales, PANEL_SIGNED ? 0 : (offset),                                       \
+                                    left < PANEL_ROWS ? left : PANEL_ROWS, first};                                     \
+                row_pointers(p, last, first, PANEL_ROWS, row);                                                         \
+                for (int s = 0; s < PANEL_SETS; s++) {                                                                 \
+                    decode_set_##stem(row + s * SET_ROWS, SET_ROWS, n_groups, levels + s * SET_BYTES,                  \
+                                      scales + s * SET_ROWS);                                                          \
+                }                                                                                                      \
+                multiply_panel(p, &rows, work + panel_bytes(p->n));                                                    \
+            }                                                                                                          \
+            return;                                                                                                    \
+        }                                                                                                              \
+        column col[VECTOR_COLUMNS];                                                                                    \
+        for (int64_t c = 0; c < p->n_cols; c++, work += expanded_bytes(p->n)) {                                        \
+            const int8_t * q = ccq_column_act(p, c);                                                                   \
+            col[c] = (column){work, work + n_groups * EXPANDED_GROUP, ccq_act_scales(q, p->n, 1), ccq_column_out(p, c)}; \
+            expand(q, n_groups, offset, work);                                                                         \
+            if (fours) { expand_fours(q, col[c].d, n_groups, work + n_groups * EXPANDED_GROUP); }                      \
+        }                                                                                                              \
+        for (int64_t first = 0; first < p->n_rows; first += VECTOR_ROWS) {                                             \
+            const int64_t left = p->n_rows - first;                                                                    \
+            row_pointers(p, last, first, VECTOR_ROWS, row);                                                            \
+            vector_##stem(row, left < VECTOR_ROWS ? (int)left : VECTOR_ROWS, p->row_stride, col, (int)p->n_cols,       \
+                          n_groups, first);                                                                            \
+        }                                                                                                              \
+    }
+#define X(STEM, stem, id, weights, bytes)                                                                              \
+    CCQ_MUL_MAT(stem, p->n / (weights) * (bytes), expand_doubled, CCQ_INDEX_##STEM == CCQ_INDEX_T2, OFFSET_##STEM)
+CCQ_TRELLIS_TYPES(X)
+#undef X
+#define X(STEM, stem, id, weights, bytes) CCQ_MUL_MAT(stem, p->n / (weights) * (bytes), expand_plain, 0, OFFSET_##STEM)
+CCQ_PAPER_TYPES(X)
+#undef X
+
+#endif

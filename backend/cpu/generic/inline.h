@@ -1,0 +1,20 @@
+/* What the files of a kernel set share. */
+#ifndef CCQ_INLINE_H
+#define CCQ_INLINE_H
+
+#include "../activations.h"
+#include "../kernels.h"
+
+/* Functions with constant arguments, of which the loops of a kernel are made. */
+#define CCQ_INLINE static inline __attribute__((always_inline))
+
+static inline const void * ccq_column_act(const ccq_product * p, int64_t column) {
+    const int64_t row = p->act_index != NULL ? p->act_index[column] : column;
+    return (const char *)p->act + row * p->act_stride;
+}
+
+static inline float * ccq_column_out(const ccq_product * p, int64_t column) {
+    return p->out + (p->out_index != NULL ? p->out_index[column] : column) * p->out_stride;
+}
+
+#endif

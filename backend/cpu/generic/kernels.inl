@@ -1,0 +1,38 @@
+/* The kernels of one set, from a template: the including file
+ *
+ *   - defines CCQ_SET, the name of the table, and CCQ_ACT with CCQ_ACT_MAX, the integers of its activations
+ *     (int8_t and CCQ_ACT8_MAX, or int16_t and CCQ_ACT16_MAX),
+ *   - includes what it does better than the template; every part of the template says in its head which macro replaces
+ *     what (CCQ_HAVE_...),
+ *   - is compiled with that set's flags, and is named in cpu/CMakeLists.txt and in the table of dispatch.c.
+ *
+ * Loops are written so that GCC and clang vectorise them. */
+#include <string.h>
+
+#include "../activations.h"
+#include "../kernels.h"
+#include "inline.h"
+
+#include "decode.inl"
+
+#include "quantize.inl"
+
+#include "mul_mat.inl"
+
+#include "viterbi.inl"
+
+#include "coupled.inl"
+
+const ccq_kernels CCQ_SET = {
+#define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = decode_##stem,
+    .decode = {CCQ_TYPES(X)},
+#undef X
+    .act_value_bytes = sizeof(CCQ_ACT),
+    .quantize = quantize,
+    .work_bytes = work_bytes,
+#define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = mul_mat_##stem,
+    .mul_mat = {CCQ_TYPES(X)},
+#undef X
+    .viterbi = viterbi,
+    .coupled = coupled_pass,
+};
