@@ -310,7 +310,8 @@ def test_libllama_uses_another_copy(tmp_path: Path) -> None:
 def faulty_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plugin's own sources with kernels that can be made to err (scalar ones, built without optimization)."""
     folder = tmp_path_factory.mktemp("faulty")
-    sources = [*sorted((BACKEND / "cpu").glob("*.c")), BACKEND / "cpu/scalar/kernels.c", HERE / "plugin/faulty_kernels.c"]
+    kernels = [*sorted((BACKEND / "cpu").glob("*.c")), BACKEND / "cpu/scalar/kernels.c"]
+    sources = [*kernels, HERE / "plugin/faulty_kernels.c"]
     objects = []
     for source in sources:
         objects.append(folder / f"{source.parent.name}-{source.stem}.o")
