@@ -19,8 +19,12 @@
 
 enum { PANEL_SIGNED = 1, TILE_COLUMNS = 16, TILES = 4 };
 
-/* Columns that do not lie one after another, or fewer than 16, are copied here. */
-static size_t tile_bytes(int64_t n) { return (size_t)(TILE_COLUMNS * n) + TILES * 1024; }
+/* Working memory: tiles under way; columns that do not lie one after another, or fewer than 16, are copied, DEPTH groups
+ * at a time. */
+static size_t tile_bytes(int64_t n) {
+    (void)n;
+    return 2 * TILES * 1024 + TILE_COLUMNS * 8 * CCQ_GROUP;
+}
 
 typedef struct {
     uint8_t palette, start_row, reserved[14];
@@ -42,46 +46,57 @@ CCQ_INLINE void release_tiles(void) { __asm__ volatile("tilerelease"); }
 
 #include "../avx512_vbmi/panel.h"
 
-/* 16 columns, of which n_cols exist, with one set of rows: column c's activations lie c * stride bytes behind q. */
-CCQ_INLINE void multiply_tile(const panel * p, int set, int64_t n_groups, const int8_t * q, int64_t stride,
-                              const float * const * d, float * const * out, int n_cols, int32_t * results) {
-    const uint8_t * levels = p->levels + set * SET_BYTES;
-    const float * scales = p->scales + set * SET_ROWS;
-    __m512 acc[TILE_COLUMNS];
-    for (int c = 0; c < TILE_COLUMNS; c++) { acc[c] = _mm512_setzero_ps(); }
-    for (int64_t k = 0; k < n_groups; k += TILES) {
-        const int count = n_groups - k < TILES ? (int)(n_groups - k) : TILES;
+CCQ_STATIC_ASSERT(DEPTH == 8, "tile_bytes");
+
+/* The integers of up to TILES groups from k on to results, 256 each. */
+CCQ_INLINE void start_groups(const uint8_t * levels, int64_t k, int64_t n_groups, const int8_t * q, int64_t stride,
+                             int32_t * results) {
 #define CCQ_TILE(i, first, second)                                                                                     \
-    if ((i) < count) {                                                                                                 \
+    if (k + (i) < n_groups) {                                                                                          \
         TILE_ZERO(i);                                                                                                  \
         TILE_LOAD(first, q + (k + (i)) * CCQ_GROUP, stride);                                                           \
         TILE_LOAD(second, levels + (k + (i)) * PANEL_SETS * SET_BYTES, 64);                                            \
         TILE_DOT(i, first, second);                                                                                    \
         TILE_STORE(i, results + (i) * 256, 64);                                                                        \
     }
-        CCQ_TILE(0, 4, 5)
-        CCQ_TILE(1, 6, 7)
-        CCQ_TILE(2, 4, 5)
-        CCQ_TILE(3, 6, 7)
+    CCQ_TILE(0, 4, 5)
+    CCQ_TILE(1, 6, 7)
+    CCQ_TILE(2, 4, 5)
+    CCQ_TILE(3, 6, 7)
 #undef CCQ_TILE
+}
+
+/* Groups [from, to) of 16 columns, of which n_cols exist, with one set of rows: column c's activations lie c * stride
+ * bytes behind q. */
+static __attribute__((noinline)) void multiply_tile(const panel * p, int set, const int8_t * q, int64_t stride,
+                                                    const float * const * d, float * const * out, int n_cols,
+                                                    int64_t from, int64_t to, int32_t * results) {
+    const uint8_t * levels = p->levels + set * SET_BYTES;
+    const float * scales = p->scales + set * SET_ROWS;
+    __m512 acc[TILE_COLUMNS];
+    for (int c = 0; c < TILE_COLUMNS; c++) { acc[c] = load_sums(p, set, out[c], from); }
+    start_groups(levels, from, to, q, stride, results);
+    for (int64_t k = from; k < to; k += TILES) {
+        const int32_t * ready = results + (k / TILES & 1) * TILES * 256;
+        start_groups(levels, k + TILES, to, q, stride, results + (~(k / TILES) & 1) * TILES * 256);
+        const int count = to - k < TILES ? (int)(to - k) : TILES;
         for (int i = 0; i < count; i++) {
             const __m512 scale = _mm512_load_ps(scales + (k + i) * PANEL_SETS * SET_ROWS);
 #pragma GCC unroll 16
             for (int c = 0; c < TILE_COLUMNS; c++) {
-                const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(results + i * 256 + c * 16));
+                const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(ready + i * 256 + c * 16));
                 acc[c] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(d[c][k + i])), acc[c]);
             }
         }
     }
-    const int64_t rows = p->n_rows - set * SET_ROWS;
-    const __mmask16 mask = rows >= SET_ROWS ? 0xffff : (__mmask16)((1u << (rows > 0 ? rows : 0)) - 1);
-    for (int c = 0; c < n_cols; c++) { _mm512_mask_storeu_ps(out[c] + p->first + set * SET_ROWS, mask, acc[c]); }
+    for (int c = 0; c < n_cols; c++) { store_sums(p, set, out[c], acc[c]); }
 }
+CCQ_STATIC_ASSERT(DEPTH % (2 * TILES) == 0, "the first groups' results lie in front");
 
-static __attribute__((noinline)) void multiply_panel(const ccq_product * product, const panel * p, void * work) {
+static void multiply_panel(const ccq_product * product, const panel * p, void * work) {
     const int64_t n = product->n, n_groups = n / CCQ_GROUP;
     int32_t * results = work;
-    int8_t * copied = (int8_t *)work + TILES * 1024;
+    int8_t * copied = (int8_t *)work + 2 * TILES * 1024;
     tile_config before, ours = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         ours.column_bytes[i] = 64;
@@ -89,22 +104,28 @@ static __attribute__((noinline)) void multiply_panel(const ccq_product * product
     }
     store_tile_config(&before);
     load_tile_config(&ours);
-    for (int64_t first = 0; first < product->n_cols; first += TILE_COLUMNS) {
-        const float * d[TILE_COLUMNS];
-        float * out[TILE_COLUMNS];
-        const int64_t left = product->n_cols - first;
-        const int n_cols = left < TILE_COLUMNS ? (int)left : TILE_COLUMNS;
-        const int in_place = product->act_index == NULL && n_cols == TILE_COLUMNS;
-        for (int c = 0; c < TILE_COLUMNS; c++) {
-            const int64_t column = first + (c < n_cols ? c : 0);
-            const int8_t * q = ccq_column_act(product, column);
-            d[c] = ccq_act_scales(q, n, 1);
-            out[c] = ccq_column_out(product, column);
-            if (!in_place) { memcpy(copied + c * n, q, (size_t)n); }
+    for (int64_t from = 0; from < n_groups; from += DEPTH) {
+        const int64_t to = n_groups - from < DEPTH ? n_groups : from + DEPTH;
+        for (int64_t first = 0; first < product->n_cols; first += TILE_COLUMNS) {
+            const float * d[TILE_COLUMNS];
+            float * out[TILE_COLUMNS];
+            const int64_t left = product->n_cols - first;
+            const int n_cols = left < TILE_COLUMNS ? (int)left : TILE_COLUMNS;
+            const int in_place = product->act_index == NULL && n_cols == TILE_COLUMNS;
+            for (int c = 0; c < TILE_COLUMNS; c++) {
+                const int64_t column = first + (c < n_cols ? c : 0);
+                const int8_t * q = ccq_column_act(product, column);
+                d[c] = ccq_act_scales(q, n, 1);
+                out[c] = ccq_column_out(product, column);
+                if (!in_place) {
+                    memcpy(copied + c * DEPTH * CCQ_GROUP, q + from * CCQ_GROUP, (size_t)((to - from) * CCQ_GROUP));
+                }
+            }
+            const int8_t * q = in_place ? ccq_column_act(product, first) : copied - from * CCQ_GROUP;
+            const int64_t stride = in_place ? product->act_stride : DEPTH * CCQ_GROUP;
+            prefetch_columns(product, first + TILE_COLUMNS, TILE_COLUMNS, from, to);
+            for (int s = 0; s < PANEL_SETS; s++) { multiply_tile(p, s, q, stride, d, out, n_cols, from, to, results); }
         }
-        const int8_t * q = in_place ? ccq_column_act(product, first) : copied;
-        const int64_t stride = in_place ? product->act_stride : n;
-        for (int s = 0; s < PANEL_SETS; s++) { multiply_tile(p, s, n_groups, q, stride, d, out, n_cols, results); }
     }
     if (before.palette != 0) {
         load_tile_config(&before);

@@ -40,29 +40,21 @@ CCQ_PAPER_TYPES(X)
 
 /* --- to floats --------------------------------------------------------------------------------------------------- */
 
-/* ccq_group_weights, of levels plus offset. */
-CCQ_INLINE void store_weights(__m512i levels, int offset, float scale, int trellis, float * out) {
-    const __m512 factor = _mm512_set1_ps(scale);
-    const __m512i v = _mm512_sub_epi8(levels, _mm512_set1_epi8((char)offset));
-    const int broken = (ccq_float_bits(scale) & 0x7f800000u) == 0x7f800000u;
-    for (int i = 0; i < 4; i++) {
-        __m128i part;
-        switch (i) { /* constants to the intrinsic */
-        case 0: part = _mm512_castsi512_si128(v); break;
-        case 1: part = _mm512_extracti32x4_epi32(v, 1); break;
-        case 2: part = _mm512_extracti32x4_epi32(v, 2); break;
-        default: part = _mm512_extracti32x4_epi32(v, 3); break;
-        }
-        __m512 w = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part)), factor);
-        if (trellis) { w = _mm512_maskz_mov_ps((__mmask16)-(scale != 0.0f), w); } /* no -0 */
-        if (!trellis && broken) { w = _mm512_set1_ps(ccq_bits_float(0x7fc00000u)); }
-        _mm512_storeu_ps(out + 16 * i, w);
-    }
+/* 32 levels plus their offset, less than 2^16, as 16-bit lanes behind the upper half of 2^23 are floats 2^23 + level: one
+ * subtraction takes both off, without a conversion. */
+CCQ_INLINE void store_levels(__m512i levels, __mmask16 some, __m512 scale, float * out) {
+    const __m512i upper = _mm512_set1_epi16(0x4b00);
+    const __m512 shift = _mm512_set1_ps(8388608.0f + CCQ_T2_LEVEL_OFFSET);
+    const __m512 first = _mm512_castsi512_ps(_mm512_unpacklo_epi16(levels, upper));
+    const __m512 last = _mm512_castsi512_ps(_mm512_unpackhi_epi16(levels, upper));
+    _mm512_storeu_ps(out, _mm512_maskz_mul_ps(some, _mm512_sub_ps(first, shift), scale));
+    _mm512_storeu_ps(out + 16, _mm512_maskz_mul_ps(some, _mm512_sub_ps(last, shift), scale));
 }
 
-/* The last blocks of a T type are copied, so that loads end within the copy. */
+/* The last blocks are copied, so that loads end within the copy. */
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     static void decode_##stem(const uint8_t * blocks, int64_t n_blocks, float * out) {                                 \
+        const __m512i ones = _mm512_set1_epi8(1);                                                                      \
         uint8_t last[ROW_OVERREAD / (bytes) * (bytes) + ROW_OVERREAD];                                                 \
         const int64_t safe = n_blocks - ROW_OVERREAD / (bytes);                                                        \
         for (int64_t b = 0; b < n_blocks; b++, blocks += (bytes), out += CCQ_GROUP) {                                  \
@@ -70,17 +62,34 @@ CCQ_INLINE void store_weights(__m512i levels, int offset, float scale, int trell
                 memcpy(last, blocks, (size_t)(n_blocks - b) * (bytes));                                                \
                 blocks = last;                                                                                         \
             }                                                                                                          \
-            store_weights(levels_##stem(blocks, 0), OFFSET_##STEM, scale_##stem(blocks, 0), 1, out);                   \
+            const hashes h = block_hashes(blocks, &float_windows_##stem, CCQ_##STEM##_MULTIPLIER);                     \
+            const __m512 scale = _mm512_set1_ps(scale_##stem(blocks, 0));                                              \
+            const __mmask16 some = (__mmask16)-(blocks[0] != 0); /* else +0, whatever the level's sign */              \
+            store_levels(_mm512_maddubs_epi16(h.low, ones), some, scale, out);                                         \
+            store_levels(_mm512_maddubs_epi16(h.high, ones), some, scale, out + 32);                                   \
         }                                                                                                              \
     }
 CCQ_TRELLIS_TYPES(X)
 #undef X
 
+/* ccq_group_weights, 16 at a time. */
+CCQ_INLINE void store_weights(__m128i levels, int offset, float scale, float * out) {
+    const int broken = (ccq_float_bits(scale) & 0x7f800000u) == 0x7f800000u;
+    const __m512i v = _mm512_sub_epi32(_mm512_cvtepu8_epi32(levels), _mm512_set1_epi32(offset));
+    const __m512 w = _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_set1_ps(scale));
+    _mm512_storeu_ps(out, broken ? _mm512_set1_ps(ccq_bits_float(0x7fc00000u)) : w);
+}
+
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     static void decode_##stem(const uint8_t * blocks, int64_t n_blocks, float * out) {                                 \
         for (int64_t b = 0; b < n_blocks; b++, blocks += (bytes)) {                                                    \
             for (int group = 0; group < CCQ_##STEM##_GROUPS; group++, out += CCQ_GROUP) {                              \
-                store_weights(levels_##stem(blocks, group), OFFSET_##STEM, scale_##stem(blocks, group), 0, out);       \
+                const __m512i v = levels_##stem(blocks, group);                                                        \
+                const float scale = scale_##stem(blocks, group);                                                       \
+                store_weights(_mm512_castsi512_si128(v), OFFSET_##STEM, scale, out);                                   \
+                store_weights(_mm512_extracti32x4_epi32(v, 1), OFFSET_##STEM, scale, out + 16);                        \
+                store_weights(_mm512_extracti32x4_epi32(v, 2), OFFSET_##STEM, scale, out + 32);                        \
+                store_weights(_mm512_extracti32x4_epi32(v, 3), OFFSET_##STEM, scale, out + 48);                        \
             }                                                                                                          \
         }                                                                                                              \
     }

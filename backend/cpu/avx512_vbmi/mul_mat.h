@@ -26,7 +26,7 @@ CCQ_INLINE void row_pointers(const ccq_product * p, const uint8_t * last, int64_
     }
 }
 
-#define CCQ_MUL_MAT(stem, row_bytes, expand, fours, offset)                                                            \
+#define CCQ_MUL_MAT(stem, row_bytes, offset)                                                                           \
     static void mul_mat_##stem(const ccq_product * p) {                                                                \
         const int64_t n_groups = p->n / CCQ_GROUP;                                                                     \
         uint8_t * last = p->work, * work = last + copied_row_bytes(p->n);                                              \
@@ -49,25 +49,21 @@ CCQ_INLINE void row_pointers(const ccq_product * p, const uint8_t * last, int64_
             return;                                                                                                    \
         }                                                                                                              \
         column col[VECTOR_COLUMNS];                                                                                    \
-        for (int64_t c = 0; c < p->n_cols; c++, work += expanded_bytes(p->n)) {                                        \
+        const int64_t ahead = prefetch_distance(p);                                                                    \
+        for (int64_t c = 0; c < p->n_cols; c++) {                                                                      \
             const int8_t * q = ccq_column_act(p, c);                                                                   \
-            col[c] = (column){work, work + n_groups * EXPANDED_GROUP, ccq_act_scales(q, p->n, 1), ccq_column_out(p, c)}; \
-            expand(q, n_groups, offset, work);                                                                         \
-            if (fours) { expand_fours(q, col[c].d, n_groups, work + n_groups * EXPANDED_GROUP); }                      \
+            col[c] = (column){.d = ccq_act_scales(q, p->n, 1), .out = ccq_column_out(p, c)};                           \
+            work = expand_##stem(q, n_groups, work, &col[c]);                                                          \
         }                                                                                                              \
         for (int64_t first = 0; first < p->n_rows; first += VECTOR_ROWS) {                                             \
             const int64_t left = p->n_rows - first;                                                                    \
             row_pointers(p, last, first, VECTOR_ROWS, row);                                                            \
-            vector_##stem(row, left < VECTOR_ROWS ? (int)left : VECTOR_ROWS, p->row_stride, col, (int)p->n_cols,       \
-                          n_groups, first);                                                                            \
+            vector_##stem(row, left < VECTOR_ROWS ? (int)left : VECTOR_ROWS, ahead, col, (int)p->n_cols, n_groups,     \
+                          first);                                                                                      \
         }                                                                                                              \
     }
-#define X(STEM, stem, id, weights, bytes)                                                                              \
-    CCQ_MUL_MAT(stem, p->n / (weights) * (bytes), expand_doubled, CCQ_INDEX_##STEM == CCQ_INDEX_T2, OFFSET_##STEM)
-CCQ_TRELLIS_TYPES(X)
-#undef X
-#define X(STEM, stem, id, weights, bytes) CCQ_MUL_MAT(stem, p->n / (weights) * (bytes), expand_plain, 0, OFFSET_##STEM)
-CCQ_PAPER_TYPES(X)
+#define X(STEM, stem, id, weights, bytes) CCQ_MUL_MAT(stem, p->n / (weights) * (bytes), OFFSET_##STEM)
+CCQ_TYPES(X)
 #undef X
 
 #endif

@@ -15,6 +15,10 @@
 
 enum { SET_ROWS = 16, PANEL_SETS = 2, PANEL_ROWS = SET_ROWS * PANEL_SETS, SET_BYTES = 64 * SET_ROWS };
 
+/* Groups for which all columns are gone through before the next ones: 16 KB of a panel stay in a first-level cache.
+ * Sums wait in the output meanwhile. */
+enum { DEPTH = 8 };
+
 typedef struct {
     const uint8_t * levels; /* [group][set][SET_BYTES] */
     const float * scales;   /* [group][set][SET_ROWS] */
@@ -22,6 +26,30 @@ typedef struct {
     int64_t n_rows;         /* the panel's last rows may be missing */
     int64_t first;          /* row of the product */
 } panel;
+
+/* The sums of a set of rows with one column: zero before the first groups, and what the output holds then. */
+CCQ_INLINE __mmask16 set_mask(const panel * p, int set) {
+    const int64_t rows = p->n_rows - set * SET_ROWS;
+    return rows >= SET_ROWS ? 0xffff : (__mmask16)((1u << (rows > 0 ? rows : 0)) - 1);
+}
+
+CCQ_INLINE __m512 load_sums(const panel * p, int set, const float * out, int64_t first_group) {
+    const __mmask16 some = first_group == 0 ? 0 : set_mask(p, set);
+    return _mm512_maskz_loadu_ps(some, out + p->first + set * SET_ROWS);
+}
+
+CCQ_INLINE void store_sums(const panel * p, int set, float * out, __m512 sums) {
+    _mm512_mask_storeu_ps(out + p->first + set * SET_ROWS, set_mask(p, set), sums);
+}
+
+/* Ask for the activations of groups [from, to) of the columns from `first` on, while others are multiplied: they come in
+ * pieces too short for the CPU to see a pattern. */
+CCQ_INLINE void prefetch_columns(const ccq_product * product, int64_t first, int64_t count, int64_t from, int64_t to) {
+    for (int64_t c = first; c < first + count && c < product->n_cols; c++) {
+        const char * q = ccq_column_act(product, c);
+        for (int64_t k = from; k < to; k++) { _mm_prefetch(q + k * CCQ_GROUP, _MM_HINT_T0); }
+    }
+}
 
 /* 16 x 16 32-bit lanes: lane j of vector i to lane i of vector j. */
 CCQ_INLINE void transpose_lanes(__m512i v[16]) {
@@ -51,27 +79,39 @@ CCQ_INLINE void transpose_lanes(__m512i v[16]) {
 #ifndef CCQ_HAVE_MULTIPLY_PANEL
 enum { PANEL_SIGNED = 0, TILE_COLUMNS = 6 };
 
-/* Working memory: what the levels' offset adds, by column of a tile and group. */
-static size_t tile_bytes(int64_t n) { return (size_t)(TILE_COLUMNS * n / CCQ_GROUP) * sizeof(int32_t); }
+/* No working memory. */
+static size_t tile_bytes(int64_t n) {
+    (void)n;
+    return 0;
+}
 
-CCQ_INLINE void multiply_tile(const panel * p, int64_t n_groups, const int8_t * const * q, const float * const * d,
-                              const int32_t * moved, float * const * out, int n_cols) {
+typedef struct {
+    const int8_t * q[TILE_COLUMNS];
+    const float * d[TILE_COLUMNS];
+    const int32_t * sums[TILE_COLUMNS];
+    float * out[TILE_COLUMNS];
+} tile_columns;
+
+/* Groups [from, to), not more than DEPTH, of n_cols columns. */
+CCQ_INLINE void multiply_tile(const panel * p, const tile_columns * col, int n_cols, int64_t from, int64_t to) {
     __m512 acc[PANEL_SETS][TILE_COLUMNS];
-    for (int s = 0; s < PANEL_SETS; s++) {
-        for (int c = 0; c < n_cols; c++) { acc[s][c] = _mm512_setzero_ps(); }
+    int32_t moved[TILE_COLUMNS][DEPTH]; /* what the levels' offset adds */
+    for (int c = 0; c < n_cols; c++) {
+        for (int s = 0; s < PANEL_SETS; s++) { acc[s][c] = load_sums(p, s, col->out[c], from); }
+        for (int64_t k = from; k < to; k++) { moved[c][k - from] = -p->offset * col->sums[c][k]; }
     }
-    for (int64_t k = 0; k < n_groups; k++) {
+    for (int64_t k = from; k < to; k++) {
         const uint8_t * levels = p->levels + k * PANEL_SETS * SET_BYTES;
         __m512i sum[PANEL_SETS][TILE_COLUMNS];
         for (int c = 0; c < n_cols; c++) {
-            for (int s = 0; s < PANEL_SETS; s++) { sum[s][c] = _mm512_set1_epi32(moved[c * n_groups + k]); }
+            for (int s = 0; s < PANEL_SETS; s++) { sum[s][c] = _mm512_set1_epi32(moved[c][k - from]); }
         }
         for (int i = 0; i < CCQ_GROUP; i += 4) {
             const __m512i first = _mm512_load_si512(levels + 16 * i);
             const __m512i second = _mm512_load_si512(levels + SET_BYTES + 16 * i);
             for (int c = 0; c < n_cols; c++) {
                 int32_t four;
-                memcpy(&four, q[c] + k * CCQ_GROUP + i, sizeof four);
+                memcpy(&four, col->q[c] + k * CCQ_GROUP + i, sizeof four);
                 const __m512i activations = _mm512_set1_epi32(four);
                 sum[0][c] = _mm512_dpbusd_epi32(sum[0][c], first, activations);
                 sum[1][c] = _mm512_dpbusd_epi32(sum[1][c], second, activations);
@@ -80,43 +120,49 @@ CCQ_INLINE void multiply_tile(const panel * p, int64_t n_groups, const int8_t * 
         for (int s = 0; s < PANEL_SETS; s++) {
             const __m512 scale = _mm512_load_ps(p->scales + (k * PANEL_SETS + s) * SET_ROWS);
             for (int c = 0; c < n_cols; c++) {
-                const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(d[c][k]));
+                const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(col->d[c][k]));
                 acc[s][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[s][c]), factor, acc[s][c]);
             }
         }
     }
     for (int s = 0; s < PANEL_SETS; s++) {
-        const int64_t rows = p->n_rows - s * SET_ROWS;
-        const __mmask16 mask = rows >= SET_ROWS ? 0xffff : (__mmask16)((1u << (rows > 0 ? rows : 0)) - 1);
-        for (int c = 0; c < n_cols; c++) {
-            _mm512_mask_storeu_ps(out[c] + p->first + s * SET_ROWS, mask, acc[s][c]);
-        }
+        for (int c = 0; c < n_cols; c++) { store_sums(p, s, col->out[c], acc[s][c]); }
     }
 }
 
-static __attribute__((noinline)) void multiply_panel(const ccq_product * product, const panel * p, void * work) {
+#define CCQ_TILE(n_cols)                                                                                               \
+    static __attribute__((noinline)) void multiply_tile_##n_cols(const panel * p, const tile_columns * col,            \
+                                                                 int64_t from, int64_t to) {                           \
+        multiply_tile(p, col, n_cols, from, to);                                                                       \
+    }
+CCQ_TILE(1)
+CCQ_TILE(2)
+CCQ_TILE(3)
+CCQ_TILE(4)
+CCQ_TILE(5)
+CCQ_TILE(6)
+#undef CCQ_TILE
+CCQ_STATIC_ASSERT(TILE_COLUMNS == 6, "a function for each number of columns");
+
+static void multiply_panel(const ccq_product * product, const panel * p, void * work) {
+    static void (*const tiles[])(const panel *, const tile_columns *, int64_t, int64_t) = {
+        multiply_tile_1, multiply_tile_2, multiply_tile_3, multiply_tile_4, multiply_tile_5, multiply_tile_6};
     const int64_t n = product->n, n_groups = n / CCQ_GROUP;
-    int32_t * moved = work;
-    for (int64_t first = 0; first < product->n_cols; first += TILE_COLUMNS) {
-        const int8_t * q[TILE_COLUMNS];
-        const float * d[TILE_COLUMNS];
-        float * out[TILE_COLUMNS];
-        const int64_t left = product->n_cols - first;
-        const int n_cols = left < TILE_COLUMNS ? (int)left : TILE_COLUMNS;
-        for (int c = 0; c < n_cols; c++) {
-            q[c] = ccq_column_act(product, first + c);
-            d[c] = ccq_act_scales(q[c], n, 1);
-            out[c] = ccq_column_out(product, first + c);
-            const int32_t * sums = ccq_act_sums(q[c], n, 1);
-            for (int64_t k = 0; k < n_groups; k++) { moved[c * n_groups + k] = -p->offset * sums[k]; }
-        }
-        switch (n_cols) {
-        case 1: multiply_tile(p, n_groups, q, d, moved, out, 1); break;
-        case 2: multiply_tile(p, n_groups, q, d, moved, out, 2); break;
-        case 3: multiply_tile(p, n_groups, q, d, moved, out, 3); break;
-        case 4: multiply_tile(p, n_groups, q, d, moved, out, 4); break;
-        case 5: multiply_tile(p, n_groups, q, d, moved, out, 5); break;
-        default: multiply_tile(p, n_groups, q, d, moved, out, TILE_COLUMNS); break;
+    (void)work;
+    for (int64_t from = 0; from < n_groups; from += DEPTH) {
+        const int64_t to = n_groups - from < DEPTH ? n_groups : from + DEPTH;
+        for (int64_t first = 0; first < product->n_cols; first += TILE_COLUMNS) {
+            const int64_t left = product->n_cols - first;
+            const int n_cols = left < TILE_COLUMNS ? (int)left : TILE_COLUMNS;
+            tile_columns col;
+            for (int c = 0; c < n_cols; c++) {
+                col.q[c] = ccq_column_act(product, first + c);
+                col.d[c] = ccq_act_scales(col.q[c], n, 1);
+                col.sums[c] = ccq_act_sums(col.q[c], n, 1);
+                col.out[c] = ccq_column_out(product, first + c);
+            }
+            prefetch_columns(product, first + TILE_COLUMNS, TILE_COLUMNS, from, to);
+            tiles[n_cols - 1](p, &col, from, to);
         }
     }
 }

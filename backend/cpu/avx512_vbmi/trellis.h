@@ -26,18 +26,24 @@
 #define CCQ_SHIFT2(even, odd, w, i) CCQ_BY(even, odd, w, i), CCQ_BY(even, odd, w, i) + 8
 #define CCQ_SHIFTS4(even, odd, n, w)                                                                                   \
     CCQ_SHIFT2(even, odd, w, 0), CCQ_SHIFT2(even, odd, w, 1), CCQ_SHIFT2(even, odd, w, 2), CCQ_SHIFT2(even, odd, w, 3)
-#define CCQ_EIGHT(X, even, odd, n, w)                                                                                  \
-    {X(even, odd, n, w),      X(even, odd, n, w + 4),  X(even, odd, n, w + 16), X(even, odd, n, w + 20),               \
-     X(even, odd, n, w + 32), X(even, odd, n, w + 36), X(even, odd, n, w + 48), X(even, odd, n, w + 52)}
+#define CCQ_EIGHT(X, even, odd, n, w, b, c)                                                                            \
+    {X(even, odd, n, w),           X(even, odd, n, w + b),         X(even, odd, n, w + c),                             \
+     X(even, odd, n, w + c + b),   X(even, odd, n, w + 2 * c),     X(even, odd, n, w + 2 * c + b),                     \
+     X(even, odd, n, w + 3 * c),   X(even, odd, n, w + 3 * c + b)}
 
 typedef struct {
     uint8_t bytes[2][64], shifts[2][64];
 } window_tables;
 
+/* float_windows_*: part L of low has windows 4 L to 4 L + 3 and 16 + 4 L to 19 + 4 L, of high those 32 further: the order
+ * in which widening by unpacking gives 16 consecutive ones. */
 #define CCQ_WINDOW_TABLES(stem, even, odd, n)                                                                          \
     static const window_tables windows_##stem __attribute__((aligned(64))) = {                                         \
-        {CCQ_EIGHT(CCQ_BYTES4, even, odd, n, 0), CCQ_EIGHT(CCQ_BYTES4, even, odd, n, 8)},                              \
-        {CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, 0), CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, 8)}};
+        {CCQ_EIGHT(CCQ_BYTES4, even, odd, n, 0, 4, 16), CCQ_EIGHT(CCQ_BYTES4, even, odd, n, 8, 4, 16)},                \
+        {CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, 0, 4, 16), CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, 8, 4, 16)}};             \
+    static const window_tables float_windows_##stem __attribute__((aligned(64))) = {                                   \
+        {CCQ_EIGHT(CCQ_BYTES4, even, odd, n, 0, 16, 4), CCQ_EIGHT(CCQ_BYTES4, even, odd, n, 32, 16, 4)},               \
+        {CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, 0, 16, 4), CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, 32, 16, 4)}};
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     CCQ_WINDOW_TABLES(stem, CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_CODE_BITS / 8)             \
     CCQ_STATIC_ASSERT(CCQ_##STEM##_FIELD_MASK == 0x7f && CCQ_##STEM##_FIELD_SHIFT == 8, "the mask 0x7f7f");            \
@@ -67,12 +73,16 @@ typedef struct {
     __m512i low, high;
 } hashes;
 
-CCQ_INLINE __m512i half_hashes(__m512i block, const uint8_t * bytes, const uint8_t * shifts, uint32_t multiplier) {
-    const __m512i bits = _mm512_permutexvar_epi8(_mm512_load_si512(bytes), block);
-    const __m512i window = _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_load_si512(shifts), bits),
-                                            _mm512_set1_epi16(0xfff));
+/* The fields of the hashes of 32 windows, which are the low 12 bits of their lanes. */
+CCQ_INLINE __m512i window_hashes(__m512i bits, uint32_t multiplier) {
+    const __m512i window = _mm512_and_si512(bits, _mm512_set1_epi16(0xfff));
     const __m512i hash = _mm512_mullo_epi16(window, _mm512_set1_epi16((short)multiplier));
     return _mm512_and_si512(hash, _mm512_set1_epi16(0x7f7f));
+}
+
+CCQ_INLINE __m512i half_hashes(__m512i block, const uint8_t * bytes, const uint8_t * shifts, uint32_t multiplier) {
+    const __m512i bits = _mm512_permutexvar_epi8(_mm512_load_si512(bytes), block);
+    return window_hashes(_mm512_multishift_epi64_epi8(_mm512_load_si512(shifts), bits), multiplier);
 }
 
 CCQ_INLINE hashes block_hashes(const uint8_t * block, const window_tables * t, uint32_t multiplier) {

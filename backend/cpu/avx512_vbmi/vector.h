@@ -1,16 +1,19 @@
 /* Products with few columns: weights are decoded in registers and multiplied at once, a few rows at a time, so that a
  * column's activations are loaded once for them.
  *
- * First each column is laid out as the products read it (`expand`): per group of 64
+ * T types go in runs of two blocks (T1_5: four), as many as 64 bytes hold.  One byte permutation deals a run's code bits to
+ * eight 64-bit lanes, each with the 8 bytes from where its share of the block's windows starts: 16 windows (T1_5: 32) lie
+ * within 64 bits.  In every round one multishift then takes the next 4 windows out of each lane, and with a mask, a
+ * multiply and a mask they are the two 7-bit fields of 32 hashes, which one vpdpbusd multiplies and adds.  That is 10.5
+ * instructions for 64 weights and 2 for the sum and the scale (T1_5: 10.25 and 1.5), all on the two ports that 512-bit
+ * vectors have.  What is left of a row that is no multiple of a run goes block by block (trellis.h).
  *
- *     the 64 activations, each doubled for the two fields of a hash (T types), in two vectors
- *     what the levels' offset adds, -offset * q, summed to the 16 int32 lanes of the product
+ * First each column is laid out as the products read it (`expand`):
  *
- * A vector of T windows is one instruction (vpdpbusd) for the 32 products and the sums of the fields.  With one block a
- * time it is 12 instructions for 64 weights, all on the two ports that 512-bit vectors have, and 3 for the scale.
- *
- * T2, whose block is exactly one 128-bit lane, does with 10.5: four blocks make a vector, and window 8 j + r lies 2 r
- * bits from the start of 16-bit lane j, where one funnel shift of the vector and its rotation takes it out. */
+ *     by run: for each round the activations, each doubled for the two fields, in the order of the windows;
+ *             what the levels' offset adds to the product's 16 int32 lanes, -offset * q; the scales d by lane
+ *     by group (P types and the rest of a row): the activations, doubled or not; -offset * q by lane
+ */
 #ifndef CCQ_AVX512_VBMI_VECTOR_H
 #define CCQ_AVX512_VBMI_VECTOR_H
 
@@ -19,20 +22,26 @@
 /* The most columns at once, and rows. */
 enum { VECTOR_COLUMNS = 4, VECTOR_ROWS = 4 };
 
-enum { EXPANDED_GROUP = 3 * 64, EXPANDED_FOUR = 10 * 64 };
+enum { EXPANDED_GROUP = 3 * 64, RUN_LANES = 8, RUN_ROUNDS_MAX = 8 };
 
 typedef struct {
-    const uint8_t * expanded; /* by group */
-    const uint8_t * fours;    /* T2: by four groups */
+    const uint8_t * groups; /* EXPANDED_GROUP each, from the first group that is in no run */
+    const uint8_t * runs;
     const float * d;
     float * out;
 } column;
 
-static size_t expanded_bytes(int64_t n) {
-    return (size_t)(n / CCQ_GROUP * EXPANDED_GROUP + n / (4 * CCQ_GROUP) * EXPANDED_FOUR);
-}
+/* Blocks of a run, its rounds, and bytes of an expanded one. */
+#define RUN_BLOCKS(bytes) ((bytes) * 4 <= 64 ? 4 : 2)
+#define RUN_ROUNDS(bytes) (2 * RUN_BLOCKS(bytes))
+#define RUN_BYTES(bytes) ((RUN_ROUNDS(bytes) + 2) * 64)
 
-CCQ_INLINE __m512i negative_products(int even_byte, int odd_byte, __m512i q, __m512i sums) {
+static size_t expanded_bytes(int64_t n) { return (size_t)(n / CCQ_GROUP * EXPANDED_GROUP); }
+CCQ_STATIC_ASSERT(RUN_BYTES(CCQ_T1_5_BLOCK_BYTES) <= RUN_BLOCKS(CCQ_T1_5_BLOCK_BYTES) * EXPANDED_GROUP, "runs fit");
+CCQ_STATIC_ASSERT(RUN_BYTES(CCQ_T3_BLOCK_BYTES) <= RUN_BLOCKS(CCQ_T3_BLOCK_BYTES) * EXPANDED_GROUP, "runs fit");
+
+/* sums less the products of q with bytes that alternate. */
+CCQ_INLINE __m512i less_products(__m512i sums, int even_byte, int odd_byte, __m512i q) {
     const __m512i weights = _mm512_set1_epi16((short)(odd_byte << 8 | even_byte));
     return _mm512_sub_epi32(sums, _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, q));
 }
@@ -42,8 +51,8 @@ static void expand_doubled(const int8_t * q, int64_t n_groups, int offset, uint8
     for (int64_t k = 0; k < n_groups; k++, q += CCQ_GROUP, out += EXPANDED_GROUP) {
         const __m512i all = _mm512_loadu_si512(q);
         const __m512i low = _mm512_unpacklo_epi8(all, all), high = _mm512_unpackhi_epi8(all, all);
-        __m512i sums = negative_products(offset, 0, low, _mm512_setzero_si512());
-        sums = negative_products(offset, 0, high, sums);
+        __m512i sums = less_products(_mm512_setzero_si512(), offset, 0, low);
+        sums = less_products(sums, offset, 0, high);
         _mm512_store_si512(out, low);
         _mm512_store_si512(out + 64, high);
         _mm512_store_si512(out + 128, sums);
@@ -55,49 +64,66 @@ static void expand_plain(const int8_t * q, int64_t n_groups, int offset, uint8_t
     for (int64_t k = 0; k < n_groups; k++, q += CCQ_GROUP, out += EXPANDED_GROUP) {
         const __m512i all = _mm512_loadu_si512(q);
         _mm512_store_si512(out, all);
-        _mm512_store_si512(out + 128, negative_products(offset, offset, all, _mm512_setzero_si512()));
+        _mm512_store_si512(out + 128, less_products(_mm512_setzero_si512(), offset, offset, all));
     }
 }
 
-/* Four groups: vector r holds activation 8 j + r of group L in 16-bit lane j of 128-bit part L, twice; then the offset's
- * sums, and the scales by part. */
-static void expand_fours(const int8_t * q, const float * d, int64_t n_groups, uint8_t * out) {
-    /* A part is an 8 x 8 matrix of bytes to be transposed: bytes 8 j + r of 64 come to r-th vectors' part. */
-    const __m512i part = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    for (int64_t k = 0; k + 4 <= n_groups; k += 4, q += 4 * CCQ_GROUP, d += 4, out += EXPANDED_FOUR) {
+/* Runs of `blocks`: in round r lane j of a block's lanes has the activations from j * (64 / lanes) + 4 r on, doubled. */
+CCQ_INLINE void expand_runs(const int8_t * q, const float * d, int64_t n_runs, int blocks, int offset, uint8_t * out) {
+    const int n_lanes = RUN_LANES / blocks, rounds = 2 * blocks;
+    uint8_t first[64];
+    float by_lane[16];
+    for (int i = 0; i < 64; i++) { /* byte i of round 0, counted from the block pair's first activation */
+        const int lane = i / 8;
+        first[i] = (uint8_t)(lane / n_lanes % 2 * CCQ_GROUP + lane % n_lanes * (CCQ_GROUP / n_lanes) + i % 8 / 2);
+    }
+    const __m512i start = _mm512_loadu_si512(first);
+    for (int64_t run = 0; run < n_runs; run++, q += blocks * CCQ_GROUP, d += blocks) {
+        const __m512i a = _mm512_loadu_si512(q), b = _mm512_loadu_si512(q + CCQ_GROUP);
         __m512i sums = _mm512_setzero_si512();
-        for (int r = 0; r < 8; r++) {
-            uint8_t vector[64];
-            for (int i = 0; i < 64; i++) { vector[i] = (uint8_t)q[i / 16 * CCQ_GROUP + i / 2 % 8 * 8 + r]; }
-            const __m512i doubled = _mm512_loadu_si512(vector);
-            _mm512_store_si512(out + 64 * r, doubled);
-            sums = negative_products(CCQ_T2_LEVEL_OFFSET, 0, doubled, sums);
+        for (int r = 0; r < rounds; r++, out += 64) {
+            const __m512i from = _mm512_add_epi8(start, _mm512_set1_epi8((char)(4 * r)));
+            __m512i doubled = _mm512_permutex2var_epi8(a, from, b);
+            if (blocks == 4) {
+                const __m512i c = _mm512_loadu_si512(q + 2 * CCQ_GROUP), e = _mm512_loadu_si512(q + 3 * CCQ_GROUP);
+                doubled = _mm512_mask_blend_epi64(0xf0, doubled, _mm512_permutex2var_epi8(c, from, e));
+            }
+            sums = less_products(sums, offset, 0, doubled);
+            _mm512_store_si512(out, doubled);
         }
-        _mm512_store_si512(out + 512, sums);
-        const __m512 scales = _mm512_permutexvar_ps(part, _mm512_castps128_ps512(_mm_loadu_ps(d)));
-        _mm512_store_ps(out + 576, scales);
+        for (int i = 0; i < 16; i++) { by_lane[i] = d[i * blocks / 16]; }
+        _mm512_store_si512(out, sums);
+        _mm512_store_ps(out + 64, _mm512_loadu_ps(by_lane));
+        out += 128;
     }
 }
 
-/* The memory that the next rows come from is asked for while these are multiplied. */
-CCQ_INLINE void prefetch(const uint8_t * row, int64_t row_stride) {
-    _mm_prefetch((const char *)row + VECTOR_ROWS * row_stride, _MM_HINT_T0);
+/* The memory that rows to come lie in is asked for while these are multiplied: as many bytes ahead as some 16384 weights
+ * take, half a microsecond, in whole steps of the rows that go together.  Without it products of weights that lie in
+ * memory take two to three times as long; four rows of 2048 ahead are 5 % slower than eight. */
+CCQ_INLINE int64_t prefetch_distance(const ccq_product * p) {
+    const int64_t rows = (16384 / p->n + VECTOR_ROWS - 1) / VECTOR_ROWS * VECTOR_ROWS;
+    return (rows > VECTOR_ROWS ? rows : VECTOR_ROWS) * p->row_stride;
+}
+
+CCQ_INLINE void prefetch(const uint8_t * block, int64_t ahead) {
+    _mm_prefetch((const char *)block + ahead, _MM_HINT_T0);
 }
 
 /* --- groups one by one -------------------------------------------------------------------------------------------- */
 
 /* acc[r][c] += the products of groups [from, to) of n_rows rows with n_cols columns; n_rows and n_cols are constants. */
 #define CCQ_TRELLIS_ROWS(STEM, stem, id, weights, bytes)                                                               \
-    CCQ_INLINE void rows_##stem(const uint8_t * const * row, int n_rows, int64_t stride, const column * col,           \
+    CCQ_INLINE void groups_##stem(const uint8_t * const * row, int n_rows, int64_t ahead, const column * col,           \
                                 int n_cols, int64_t from, int64_t to, __m512 acc[][VECTOR_COLUMNS]) {                  \
         for (int64_t k = from; k < to; k++) {                                                                          \
             for (int r = 0; r < n_rows; r++) {                                                                         \
                 const uint8_t * block = row[r] + k * (bytes);                                                          \
-                prefetch(block, stride);                                                                               \
+                prefetch(block, ahead);                                                                               \
                 const hashes h = block_hashes(block, &windows_##stem, CCQ_##STEM##_MULTIPLIER);                        \
                 const float * scale = &trellis_scales[block[0]];                                                       \
                 for (int c = 0; c < n_cols; c++) {                                                                     \
-                    const uint8_t * q = col[c].expanded + k * EXPANDED_GROUP;                                          \
+                    const uint8_t * q = col[c].groups + (k - from) * EXPANDED_GROUP;                                          \
                     __m512i sum = _mm512_load_si512(q + 128);                                                          \
                     sum = _mm512_dpbusd_epi32(sum, h.low, _mm512_load_si512(q));                                       \
                     sum = _mm512_dpbusd_epi32(sum, h.high, _mm512_load_si512(q + 64));                                 \
@@ -110,18 +136,18 @@ CCQ_INLINE void prefetch(const uint8_t * row, int64_t row_stride) {
 CCQ_TRELLIS_TYPES(CCQ_TRELLIS_ROWS)
 
 #define CCQ_PAPER_ROWS(STEM, stem, id, weights, bytes)                                                                 \
-    CCQ_INLINE void rows_##stem(const uint8_t * const * row, int n_rows, int64_t stride, const column * col,           \
+    CCQ_INLINE void groups_##stem(const uint8_t * const * row, int n_rows, int64_t ahead, const column * col,           \
                                 int n_cols, int64_t from, int64_t to, __m512 acc[][VECTOR_COLUMNS]) {                  \
         for (int64_t k = from; k < to; k++) {                                                                          \
             const int64_t at = k / CCQ_##STEM##_GROUPS * (bytes);                                                      \
             const int group = (int)(k % CCQ_##STEM##_GROUPS);                                                          \
             for (int r = 0; r < n_rows; r++) {                                                                         \
                 const uint8_t * block = row[r] + at;                                                                   \
-                prefetch(block + group * (bytes) / CCQ_##STEM##_GROUPS, stride);                                       \
+                prefetch(block + group * (bytes) / CCQ_##STEM##_GROUPS, ahead);                                       \
                 const __m512i levels = levels_##stem(block, group);                                                    \
                 const __m512 scale = _mm512_set1_ps(scale_##stem(block, group));                                       \
                 for (int c = 0; c < n_cols; c++) {                                                                     \
-                    const uint8_t * q = col[c].expanded + k * EXPANDED_GROUP;                                          \
+                    const uint8_t * q = col[c].groups + (k - from) * EXPANDED_GROUP;                                          \
                     const __m512i sum =                                                                                \
                         _mm512_dpbusd_epi32(_mm512_load_si512(q + 128), levels, _mm512_load_si512(q));                 \
                     const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(col[c].d[k]), scale);                           \
@@ -132,99 +158,148 @@ CCQ_TRELLIS_TYPES(CCQ_TRELLIS_ROWS)
     }
 CCQ_PAPER_TYPES(CCQ_PAPER_ROWS)
 
-/* --- T2, four groups at once --------------------------------------------------------------------------------------- */
+/* --- runs --------------------------------------------------------------------------------------------------------- */
 
-/* The code bytes of four blocks, the last of which ends behind the 64 bytes loaded, and their rotation by two bytes. */
-#define CCQ_CODES16(i)                                                                                                 \
-    17 * (i) + 1, 17 * (i) + 2, 17 * (i) + 3, 17 * (i) + 4, 17 * (i) + 5, 17 * (i) + 6, 17 * (i) + 7, 17 * (i) + 8,    \
-        17 * (i) + 9, 17 * (i) + 10, 17 * (i) + 11, 17 * (i) + 12, 17 * (i) + 13, 17 * (i) + 14, 17 * (i) + 15,        \
-        17 * (i) + 16
-#define CCQ_SCALE16(i) 0, 0, 17 * (i), 0, 0, 0, 17 * (i), 0, 0, 0, 17 * (i), 0, 0, 0, 17 * (i), 0
-static const uint8_t four_codes[64] __attribute__((aligned(64))) = {CCQ_CODES16(0), CCQ_CODES16(1), CCQ_CODES16(2)};
-static const uint8_t four_scales[64] __attribute__((aligned(64))) = {CCQ_SCALE16(0), CCQ_SCALE16(1), CCQ_SCALE16(2),
-                                                                     CCQ_SCALE16(3)};
+/* Byte i of lane x of a run's code bits; the shifts of round r, which are the same in all lanes. */
+#define CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, i)                                                                 \
+    ((x) / (lanes) * (bytes) + 1 + (CCQ_AT(even, odd, (x) % (lanes) * (CCQ_GROUP / (lanes))) / 8 + (i)) % (n))
+#define CCQ_RUN_LANE(even, odd, n, bytes, lanes, x)                                                                    \
+    CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 0), CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 1),                    \
+        CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 2), CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 3),                \
+        CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 4), CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 5),                \
+        CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 6), CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 7)
+#define CCQ_RUN_TABLE(stem, even, odd, n, bytes, lanes)                                                                \
+    static const uint8_t run_bytes_##stem[64] __attribute__((aligned(64))) = {                                         \
+        CCQ_RUN_LANE(even, odd, n, bytes, lanes, 0), CCQ_RUN_LANE(even, odd, n, bytes, lanes, 1),                      \
+        CCQ_RUN_LANE(even, odd, n, bytes, lanes, 2), CCQ_RUN_LANE(even, odd, n, bytes, lanes, 3),                      \
+        CCQ_RUN_LANE(even, odd, n, bytes, lanes, 4), CCQ_RUN_LANE(even, odd, n, bytes, lanes, 5),                      \
+        CCQ_RUN_LANE(even, odd, n, bytes, lanes, 6), CCQ_RUN_LANE(even, odd, n, bytes, lanes, 7)};                     \
+    CCQ_STATIC_ASSERT(CCQ_AT(even, odd, CCQ_GROUP / (lanes)) % 8 == 0, "lanes start at bytes");                        \
+    CCQ_STATIC_ASSERT(CCQ_AT(even, odd, CCQ_GROUP / (lanes) - 1) + 12 <= 64, "a lane holds its windows");
+#define X(STEM, stem, id, weights, bytes)                                                                              \
+    CCQ_RUN_TABLE(stem, CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_CODE_BITS / 8, bytes,          \
+                  RUN_LANES / RUN_BLOCKS(bytes))
+CCQ_TRELLIS_TYPES(X)
+#undef X
 
-CCQ_INLINE __m512i t2_hash(__m512i bits) {
-    const __m512i window = _mm512_and_si512(bits, _mm512_set1_epi16(0xfff));
-    const __m512i hash = _mm512_mullo_epi16(window, _mm512_set1_epi16((short)CCQ_T2_MULTIPLIER));
-    return _mm512_and_si512(hash, _mm512_set1_epi16(0x7f7f));
+CCQ_INLINE __m512i round_shifts(int even, int odd, int round) {
+    uint64_t shifts = 0;
+    for (int i = 0; i < 4; i++) {
+        const uint64_t at = (uint64_t)CCQ_AT(even, odd, 4 * round + i);
+        shifts |= (at | (at + 8) << 8) << (16 * i);
+    }
+    return _mm512_set1_epi64((long long)shifts);
 }
 
-CCQ_INLINE void fours_t2(const uint8_t * const * row, int n_rows, int64_t stride, const column * col, int n_cols,
-                         int64_t n_fours, __m512 acc[][VECTOR_COLUMNS]) {
-    enum { BYTES = CCQ_T2_BLOCK_BYTES };
-    const __m512i rotation =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
-    const __m512i bias = _mm512_set1_epi32((127 + 3 - CCQ_T2_SCALE_EXPONENT_BIAS) << 23);
-    for (int64_t k = 0; k < n_fours; k++) {
+/* The scales of a run's blocks, each in the lanes of its sums. */
+CCQ_INLINE __m512 run_scales(const uint8_t * run, int blocks, int bytes) {
+    __m512 scales = _mm512_set1_ps(trellis_scales[run[0]]);
+    for (int b = 1; b < blocks; b++) {
+        const __mmask16 from = (__mmask16)(0xffff << (b * 16 / blocks));
+        scales = _mm512_mask_broadcastss_ps(scales, from, _mm_load_ss(&trellis_scales[run[b * bytes]]));
+    }
+    return scales;
+}
+
+CCQ_INLINE void run_rows(const uint8_t * const * row, int n_rows, int64_t ahead, const column * col, int n_cols,
+                         int64_t n_runs, int blocks, int bytes, const uint8_t * table, int even, int odd,
+                         uint32_t multiplier, __m512 acc[][VECTOR_COLUMNS]) {
+    const int rounds = 2 * blocks;
+    const __m512i order = _mm512_load_si512(table);
+    __m512i shifts[RUN_ROUNDS_MAX];
+    for (int i = 0; i < rounds; i++) { shifts[i] = round_shifts(even, odd, i); }
+    for (int64_t k = 0; k < n_runs; k++) {
         for (int r = 0; r < n_rows; r++) {
-            const uint8_t * blocks = row[r] + k * 4 * BYTES;
-            prefetch(blocks, stride);
-            const __m512i raw = _mm512_loadu_si512(blocks);
-            __m512i a = _mm512_permutexvar_epi8(_mm512_load_si512(four_codes), raw);
-            a = _mm512_mask_broadcast_i32x4(a, 0xf000, _mm_loadu_si128((const __m128i *)(blocks + 3 * BYTES + 1)));
-            const __m512i b = _mm512_shuffle_epi8(a, rotation);
-            const __m512i h[8] = {t2_hash(a),
-                                  t2_hash(_mm512_srli_epi16(a, 2)),
-                                  t2_hash(_mm512_srli_epi16(a, 4)),
-                                  t2_hash(_mm512_shrdi_epi16(a, b, 6)),
-                                  t2_hash(_mm512_shrdi_epi16(a, b, 8)),
-                                  t2_hash(_mm512_shrdi_epi16(a, b, 10)),
-                                  t2_hash(_mm512_shrdi_epi16(a, b, 12)),
-                                  t2_hash(_mm512_shrdi_epi16(a, b, 14))};
-            /* ccq_t_scale of the four scale bytes, moved to where they count 2^20. */
-            const __m512i byte = _mm512_slli_epi32(
-                _mm512_maskz_permutexvar_epi8(0x4444444444444444, _mm512_load_si512(four_scales), raw), 4);
-            const __m512 scale = _mm512_castsi512_ps(
-                _mm512_maskz_add_epi32(_mm512_test_epi32_mask(byte, byte), byte, bias));
+            const uint8_t * run = row[r] + k * blocks * bytes;
+            prefetch(run, ahead);
+            const __m512i bits = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(run));
+            const __m512 scales = run_scales(run, blocks, bytes);
+            __m512i sum[VECTOR_COLUMNS];
             for (int c = 0; c < n_cols; c++) {
-                const uint8_t * q = col[c].fours + k * EXPANDED_FOUR;
-                __m512i sum = _mm512_load_si512(q + 512);
+                sum[c] = _mm512_load_si512(col[c].runs + (k * (rounds + 2) + rounds) * 64);
+            }
 #pragma GCC unroll 8
-                for (int i = 0; i < 8; i++) { sum = _mm512_dpbusd_epi32(sum, h[i], _mm512_load_si512(q + 64 * i)); }
-                const __m512 factor = _mm512_mul_ps(scale, _mm512_load_ps(q + 576));
-                acc[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, acc[r][c]);
+            for (int i = 0; i < rounds; i++) {
+                const __m512i hash = window_hashes(_mm512_multishift_epi64_epi8(shifts[i], bits), multiplier);
+                for (int c = 0; c < n_cols; c++) {
+                    const __m512i q = _mm512_load_si512(col[c].runs + (k * (rounds + 2) + i) * 64);
+                    sum[c] = _mm512_dpbusd_epi32(sum[c], hash, q);
+                }
+            }
+            for (int c = 0; c < n_cols; c++) {
+                const __m512 d = _mm512_load_ps(col[c].runs + (k * (rounds + 2) + rounds + 1) * 64);
+                acc[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[c]), _mm512_mul_ps(scales, d), acc[r][c]);
             }
         }
     }
 }
 
+#define X(STEM, stem, id, weights, bytes)                                                                              \
+    CCQ_INLINE void runs_##stem(const uint8_t * const * row, int n_rows, int64_t ahead, const column * col,           \
+                                int n_cols, int64_t n_runs, __m512 acc[][VECTOR_COLUMNS]) {                            \
+        run_rows(row, n_rows, ahead, col, n_cols, n_runs, RUN_BLOCKS(bytes), bytes, run_bytes_##stem,                 \
+                 CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER, acc);                     \
+    }
+CCQ_TRELLIS_TYPES(X)
+#undef X
+
 /* --- from rows to products ------------------------------------------------------------------------------------------ */
 
-#define fours_none(...) ((void)0)
-#define CCQ_VECTOR(stem, FOURS, fours)                                                                                 \
-    CCQ_INLINE void vector_rows_##stem(const uint8_t * const * row, int n_rows, int64_t stride, const column * col,    \
+#define no_runs(...) ((void)0)
+#define CCQ_VECTOR(stem, run_blocks, runs)                                                                             \
+    CCQ_INLINE void vector_rows_##stem(const uint8_t * const * row, int n_rows, int64_t ahead, const column * col,    \
                                        int n_cols, int64_t n_groups, int64_t at) {                                     \
         __m512 acc[VECTOR_ROWS][VECTOR_COLUMNS];                                                                       \
+        const int64_t n_runs = (run_blocks) > 0 ? n_groups / (run_blocks) : 0;                                         \
         for (int r = 0; r < n_rows; r++) {                                                                             \
             for (int c = 0; c < n_cols; c++) { acc[r][c] = _mm512_setzero_ps(); }                                      \
         }                                                                                                              \
-        fours(row, n_rows, stride, col, n_cols, n_groups / 4, acc);                                                    \
-        rows_##stem(row, n_rows, stride, col, n_cols, (FOURS) ? n_groups / 4 * 4 : 0, n_groups, acc);                  \
+        runs(row, n_rows, ahead, col, n_cols, n_runs, acc);                                                           \
+        groups_##stem(row, n_rows, ahead, col, n_cols, n_runs * (run_blocks), n_groups, acc);                         \
         for (int r = 0; r < n_rows; r++) {                                                                             \
             for (int c = 0; c < n_cols; c++) { col[c].out[at + r] = _mm512_reduce_add_ps(acc[r][c]); }                 \
         }                                                                                                              \
     }                                                                                                                  \
-    static __attribute__((noinline)) void vector_##stem(const uint8_t * const * row, int n_rows, int64_t stride,       \
+    static __attribute__((noinline)) void vector_##stem(const uint8_t * const * row, int n_rows, int64_t ahead,       \
                                                         const column * col, int n_cols, int64_t n_groups,              \
                                                         int64_t at) {                                                  \
         switch (n_rows == VECTOR_ROWS ? n_cols : 0) {                                                                  \
-        case 1: vector_rows_##stem(row, VECTOR_ROWS, stride, col, 1, n_groups, at); return;                            \
-        case 2: vector_rows_##stem(row, VECTOR_ROWS, stride, col, 2, n_groups, at); return;                            \
-        case 3: vector_rows_##stem(row, VECTOR_ROWS, stride, col, 3, n_groups, at); return;                            \
-        case 4: vector_rows_##stem(row, VECTOR_ROWS, stride, col, 4, n_groups, at); return;                            \
+        case 1: vector_rows_##stem(row, VECTOR_ROWS, ahead, col, 1, n_groups, at); return;                            \
+        case 2: vector_rows_##stem(row, VECTOR_ROWS, ahead, col, 2, n_groups, at); return;                            \
+        case 3: vector_rows_##stem(row, VECTOR_ROWS, ahead, col, 3, n_groups, at); return;                            \
+        case 4: vector_rows_##stem(row, VECTOR_ROWS, ahead, col, 4, n_groups, at); return;                            \
         default: break;                                                                                                \
         }                                                                                                              \
         for (int r = 0; r < n_rows; r++) {                                                                             \
-            for (int c = 0; c < n_cols; c++) { vector_rows_##stem(row + r, 1, stride, col + c, 1, n_groups, at + r); } \
+            for (int c = 0; c < n_cols; c++) { vector_rows_##stem(row + r, 1, ahead, col + c, 1, n_groups, at + r); } \
         }                                                                                                              \
     }
-CCQ_VECTOR(t1_5, 0, fours_none)
-CCQ_VECTOR(t2, 1, fours_t2)
-CCQ_VECTOR(t2_5, 0, fours_none)
-CCQ_VECTOR(t3, 0, fours_none)
-CCQ_VECTOR(p2, 0, fours_none)
-CCQ_VECTOR(p2_5, 0, fours_none)
-CCQ_VECTOR(p2_75, 0, fours_none)
+#define X(STEM, stem, id, weights, bytes) CCQ_VECTOR(stem, RUN_BLOCKS(bytes), runs_##stem)
+CCQ_TRELLIS_TYPES(X)
+#undef X
+#define X(STEM, stem, id, weights, bytes) CCQ_VECTOR(stem, 0, no_runs)
+CCQ_PAPER_TYPES(X)
+#undef X
+
+/* Lay a column out for products of a type; returns the memory behind it. */
+#define X(STEM, stem, id, weights, bytes)                                                                              \
+    CCQ_INLINE uint8_t * expand_##stem(const int8_t * q, int64_t n_groups, uint8_t * to, column * col) {               \
+        const int64_t n_runs = n_groups / RUN_BLOCKS(bytes), rest = n_runs * RUN_BLOCKS(bytes);                        \
+        col->runs = to;                                                                                                \
+        col->groups = to + n_runs * RUN_BYTES(bytes);                                                                  \
+        expand_runs(q, col->d, n_runs, RUN_BLOCKS(bytes), OFFSET_##STEM, to);                                          \
+        expand_doubled(q + rest * CCQ_GROUP, n_groups - rest, OFFSET_##STEM, to + n_runs * RUN_BYTES(bytes));          \
+        return to + expanded_bytes(n_groups * CCQ_GROUP);                                                              \
+    }
+CCQ_TRELLIS_TYPES(X)
+#undef X
+#define X(STEM, stem, id, weights, bytes)                                                                              \
+    CCQ_INLINE uint8_t * expand_##stem(const int8_t * q, int64_t n_groups, uint8_t * to, column * col) {               \
+        col->groups = to;                                                                                              \
+        expand_plain(q, n_groups, OFFSET_##STEM, to);                                                                  \
+        return to + expanded_bytes(n_groups * CCQ_GROUP);                                                              \
+    }
+CCQ_PAPER_TYPES(X)
+#undef X
 
 #endif
