@@ -19,12 +19,9 @@
 
 enum { PANEL_SIGNED = 1, TILE_COLUMNS = 16, TILES = 4 };
 
-/* Working memory: tiles under way; columns that do not lie one after another, or fewer than 16, are copied, DEPTH groups
- * at a time. */
-static size_t tile_bytes(int64_t n) {
-    (void)n;
-    return 2 * TILES * 1024 + TILE_COLUMNS * 8 * CCQ_GROUP;
-}
+/* Working memory besides the sums: tiles under way; and copied columns, where they do not lie one after another or are fewer
+ * than 16, for as many groups as go together. */
+enum { RESULT_BYTES = 2 * TILES * 1024, TILE_BYTES = RESULT_BYTES + TILE_COLUMNS * 8 * CCQ_GROUP };
 
 typedef struct {
     uint8_t palette, start_row, reserved[14];
@@ -46,7 +43,7 @@ CCQ_INLINE void release_tiles(void) { __asm__ volatile("tilerelease"); }
 
 #include "../avx512_vbmi/panel.h"
 
-CCQ_STATIC_ASSERT(DEPTH == 8, "tile_bytes");
+CCQ_STATIC_ASSERT(DEPTH == 8, "TILE_BYTES");
 
 /* The integers of up to TILES groups from k on to results, 256 each. */
 CCQ_INLINE void start_groups(const uint8_t * levels, int64_t k, int64_t n_groups, const int8_t * q, int64_t stride,
@@ -70,11 +67,11 @@ CCQ_INLINE void start_groups(const uint8_t * levels, int64_t k, int64_t n_groups
  * bytes behind q. */
 static __attribute__((noinline)) void multiply_tile(const panel * p, int set, const int8_t * q, int64_t stride,
                                                     const float * const * d, float * const * out, int n_cols,
-                                                    int64_t from, int64_t to, int32_t * results) {
+                                                    int64_t from, int64_t to, float * sums, int32_t * results) {
     const uint8_t * levels = p->levels + set * SET_BYTES;
     const float * scales = p->scales + set * SET_ROWS;
     __m512 acc[TILE_COLUMNS];
-    for (int c = 0; c < TILE_COLUMNS; c++) { acc[c] = load_sums(p, set, out[c], from); }
+    for (int c = 0; c < TILE_COLUMNS; c++) { acc[c] = load_sums(sums + (c < n_cols ? c : 0) * PANEL_ROWS, set, from); }
     start_groups(levels, from, to, q, stride, results);
     for (int64_t k = from; k < to; k += TILES) {
         const int32_t * ready = results + (k / TILES & 1) * TILES * 256;
@@ -89,14 +86,15 @@ static __attribute__((noinline)) void multiply_tile(const panel * p, int set, co
             }
         }
     }
-    for (int c = 0; c < n_cols; c++) { store_sums(p, set, out[c], acc[c]); }
+    for (int c = 0; c < n_cols; c++) { store_sums(p, sums + c * PANEL_ROWS, set, acc[c], out[c]); }
 }
 CCQ_STATIC_ASSERT(DEPTH % (2 * TILES) == 0, "the first groups' results lie in front");
 
-static void multiply_panel(const ccq_product * product, const panel * p, void * work) {
+static void multiply_panel(const ccq_product * product, const panel * p, int64_t first, int64_t last, float * sums,
+                           void * work) {
     const int64_t n = product->n, n_groups = n / CCQ_GROUP;
     int32_t * results = work;
-    int8_t * copied = (int8_t *)work + 2 * TILES * 1024;
+    int8_t * copied = (int8_t *)work + RESULT_BYTES;
     tile_config before, ours = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         ours.column_bytes[i] = 64;
@@ -106,25 +104,26 @@ static void multiply_panel(const ccq_product * product, const panel * p, void * 
     load_tile_config(&ours);
     for (int64_t from = 0; from < n_groups; from += DEPTH) {
         const int64_t to = n_groups - from < DEPTH ? n_groups : from + DEPTH;
-        for (int64_t first = 0; first < product->n_cols; first += TILE_COLUMNS) {
+        for (int64_t at = first; at < last; at += TILE_COLUMNS) {
             const float * d[TILE_COLUMNS];
             float * out[TILE_COLUMNS];
-            const int64_t left = product->n_cols - first;
-            const int n_cols = left < TILE_COLUMNS ? (int)left : TILE_COLUMNS;
+            const int n_cols = last - at < TILE_COLUMNS ? (int)(last - at) : TILE_COLUMNS;
             const int in_place = product->act_index == NULL && n_cols == TILE_COLUMNS;
             for (int c = 0; c < TILE_COLUMNS; c++) {
-                const int64_t column = first + (c < n_cols ? c : 0);
+                const int64_t column = at + (c < n_cols ? c : 0);
                 const int8_t * q = ccq_column_act(product, column);
                 d[c] = ccq_act_scales(q, n, 1);
-                out[c] = ccq_column_out(product, column);
+                out[c] = to == n_groups ? ccq_column_out(product, column) : NULL;
                 if (!in_place) {
                     memcpy(copied + c * DEPTH * CCQ_GROUP, q + from * CCQ_GROUP, (size_t)((to - from) * CCQ_GROUP));
                 }
             }
-            const int8_t * q = in_place ? ccq_column_act(product, first) : copied - from * CCQ_GROUP;
+            const int8_t * q = in_place ? ccq_column_act(product, at) : copied - from * CCQ_GROUP;
             const int64_t stride = in_place ? product->act_stride : DEPTH * CCQ_GROUP;
-            prefetch_columns(product, first + TILE_COLUMNS, TILE_COLUMNS, from, to);
-            for (int s = 0; s < PANEL_SETS; s++) { multiply_tile(p, s, q, stride, d, out, n_cols, from, to, results); }
+            prefetch_columns(product, at + TILE_COLUMNS, TILE_COLUMNS, from, to);
+            for (int s = 0; s < PANEL_SETS; s++) {
+                multiply_tile(p, s, q, stride, d, out, n_cols, from, to, sums + (at - first) * PANEL_ROWS, results);
+            }
         }
     }
     if (before.palette != 0) {

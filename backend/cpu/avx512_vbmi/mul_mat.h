@@ -14,7 +14,7 @@ static size_t panel_bytes(int64_t n) { return (size_t)(PANEL_ROWS * n) + (size_t
 
 static size_t work_bytes(int64_t n, int64_t n_cols) {
     const size_t vectors = (size_t)(n_cols < VECTOR_COLUMNS ? n_cols : VECTOR_COLUMNS) * expanded_bytes(n);
-    const size_t panels = n_cols > VECTOR_COLUMNS ? panel_bytes(n) + tile_bytes(n) : 0;
+    const size_t panels = n_cols > VECTOR_COLUMNS ? panel_bytes(n) + sums_bytes(n_cols) + TILE_BYTES : 0;
     return copied_row_bytes(n) + (vectors > panels ? vectors : panels);
 }
 
@@ -44,12 +44,15 @@ CCQ_INLINE void row_pointers(const ccq_product * p, const uint8_t * last, int64_
                     decode_set_##stem(row + s * SET_ROWS, SET_ROWS, n_groups, levels + s * SET_BYTES,                  \
                                       scales + s * SET_ROWS);                                                          \
                 }                                                                                                      \
-                multiply_panel(p, &rows, work + panel_bytes(p->n));                                                    \
+                float * sums = (float *)(work + panel_bytes(p->n));                                                    \
+                for (int64_t c = 0; c < p->n_cols; c += BREADTH) {                                                     \
+                    multiply_panel(p, &rows, c, p->n_cols - c < BREADTH ? p->n_cols : c + BREADTH, sums,               \
+                                   (uint8_t *)sums + sums_bytes(p->n_cols));                                           \
+                }                                                                                                      \
             }                                                                                                          \
             return;                                                                                                    \
         }                                                                                                              \
         column col[VECTOR_COLUMNS];                                                                                    \
-        const int64_t ahead = prefetch_distance(p);                                                                    \
         for (int64_t c = 0; c < p->n_cols; c++) {                                                                      \
             const int8_t * q = ccq_column_act(p, c);                                                                   \
             col[c] = (column){.d = ccq_act_scales(q, p->n, 1), .out = ccq_column_out(p, c)};                           \
@@ -58,8 +61,7 @@ CCQ_INLINE void row_pointers(const ccq_product * p, const uint8_t * last, int64_
         for (int64_t first = 0; first < p->n_rows; first += VECTOR_ROWS) {                                             \
             const int64_t left = p->n_rows - first;                                                                    \
             row_pointers(p, last, first, VECTOR_ROWS, row);                                                            \
-            vector_##stem(row, left < VECTOR_ROWS ? (int)left : VECTOR_ROWS, ahead, col, (int)p->n_cols, n_groups,     \
-                          first);                                                                                      \
+            vector_##stem(row, left < VECTOR_ROWS ? (int)left : VECTOR_ROWS, col, (int)p->n_cols, n_groups, first);    \
         }                                                                                                              \
     }
 #define X(STEM, stem, id, weights, bytes) CCQ_MUL_MAT(stem, p->n / (weights) * (bytes), OFFSET_##STEM)

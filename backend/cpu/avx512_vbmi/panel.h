@@ -7,7 +7,7 @@
  * which they lie there; columns need not be copied, wherever they are.
  *
  * Hook: a set that multiplies panels in another way defines CCQ_HAVE_MULTIPLY_PANEL, `multiply_panel` as below, and
- * PANEL_SIGNED (levels without their offset) and tile_bytes. */
+ * PANEL_SIGNED (levels without their offset) and TILE_BYTES. */
 #ifndef CCQ_AVX512_VBMI_PANEL_H
 #define CCQ_AVX512_VBMI_PANEL_H
 
@@ -15,9 +15,10 @@
 
 enum { SET_ROWS = 16, PANEL_SETS = 2, PANEL_ROWS = SET_ROWS * PANEL_SETS, SET_BYTES = 64 * SET_ROWS };
 
-/* Groups for which all columns are gone through before the next ones: 16 KB of a panel stay in a first-level cache.
- * Sums wait in the output meanwhile. */
-enum { DEPTH = 8 };
+/* Groups for which columns are gone through before the next ones, so that 16 KB of a panel stay in a first-level cache; and
+ * for how many columns at a time.  Their sums wait in working memory: the output's rows are often a multiple of 4 KB
+ * apart, and fall on the same few lines of a cache. */
+enum { DEPTH = 8, BREADTH = 480 };
 
 typedef struct {
     const uint8_t * levels; /* [group][set][SET_BYTES] */
@@ -27,19 +28,24 @@ typedef struct {
     int64_t first;          /* row of the product */
 } panel;
 
-/* The sums of a set of rows with one column: zero before the first groups, and what the output holds then. */
-CCQ_INLINE __mmask16 set_mask(const panel * p, int set) {
+/* Bytes of the sums of a panel with BREADTH columns. */
+static size_t sums_bytes(int64_t n_cols) {
+    return (size_t)(n_cols < BREADTH ? n_cols : BREADTH) * PANEL_ROWS * sizeof(float);
+}
+
+/* A set of rows' sums with a column: zero before the first groups; after the last ones they go to the output. */
+CCQ_INLINE __m512 load_sums(const float * sums, int set, int64_t from) {
+    return from == 0 ? _mm512_setzero_ps() : _mm512_load_ps(sums + set * SET_ROWS);
+}
+
+CCQ_INLINE void store_sums(const panel * p, float * sums, int set, __m512 value, float * out_or_null) {
+    if (out_or_null == NULL) {
+        _mm512_store_ps(sums + set * SET_ROWS, value);
+        return;
+    }
     const int64_t rows = p->n_rows - set * SET_ROWS;
-    return rows >= SET_ROWS ? 0xffff : (__mmask16)((1u << (rows > 0 ? rows : 0)) - 1);
-}
-
-CCQ_INLINE __m512 load_sums(const panel * p, int set, const float * out, int64_t first_group) {
-    const __mmask16 some = first_group == 0 ? 0 : set_mask(p, set);
-    return _mm512_maskz_loadu_ps(some, out + p->first + set * SET_ROWS);
-}
-
-CCQ_INLINE void store_sums(const panel * p, int set, float * out, __m512 sums) {
-    _mm512_mask_storeu_ps(out + p->first + set * SET_ROWS, set_mask(p, set), sums);
+    const __mmask16 mask = rows >= SET_ROWS ? 0xffff : (__mmask16)((1u << (rows > 0 ? rows : 0)) - 1);
+    _mm512_mask_storeu_ps(out_or_null + p->first + set * SET_ROWS, mask, value);
 }
 
 /* Ask for the activations of groups [from, to) of the columns from `first` on, while others are multiplied: they come in
@@ -79,25 +85,22 @@ CCQ_INLINE void transpose_lanes(__m512i v[16]) {
 #ifndef CCQ_HAVE_MULTIPLY_PANEL
 enum { PANEL_SIGNED = 0, TILE_COLUMNS = 6 };
 
-/* No working memory. */
-static size_t tile_bytes(int64_t n) {
-    (void)n;
-    return 0;
-}
+enum { TILE_BYTES = 0 }; /* no working memory besides the sums */
 
 typedef struct {
     const int8_t * q[TILE_COLUMNS];
     const float * d[TILE_COLUMNS];
     const int32_t * sums[TILE_COLUMNS];
-    float * out[TILE_COLUMNS];
+    float * out[TILE_COLUMNS]; /* NULL before the last groups */
 } tile_columns;
 
 /* Groups [from, to), not more than DEPTH, of n_cols columns. */
-CCQ_INLINE void multiply_tile(const panel * p, const tile_columns * col, int n_cols, int64_t from, int64_t to) {
+CCQ_INLINE void multiply_tile(const panel * p, const tile_columns * col, int n_cols, int64_t from, int64_t to,
+                              float * sums) {
     __m512 acc[PANEL_SETS][TILE_COLUMNS];
     int32_t moved[TILE_COLUMNS][DEPTH]; /* what the levels' offset adds */
     for (int c = 0; c < n_cols; c++) {
-        for (int s = 0; s < PANEL_SETS; s++) { acc[s][c] = load_sums(p, s, col->out[c], from); }
+        for (int s = 0; s < PANEL_SETS; s++) { acc[s][c] = load_sums(sums + c * PANEL_ROWS, s, from); }
         for (int64_t k = from; k < to; k++) { moved[c][k - from] = -p->offset * col->sums[c][k]; }
     }
     for (int64_t k = from; k < to; k++) {
@@ -106,6 +109,7 @@ CCQ_INLINE void multiply_tile(const panel * p, const tile_columns * col, int n_c
         for (int c = 0; c < n_cols; c++) {
             for (int s = 0; s < PANEL_SETS; s++) { sum[s][c] = _mm512_set1_epi32(moved[c][k - from]); }
         }
+#pragma GCC unroll 16 /* else GCC copies every sum twice in each round */
         for (int i = 0; i < CCQ_GROUP; i += 4) {
             const __m512i first = _mm512_load_si512(levels + 16 * i);
             const __m512i second = _mm512_load_si512(levels + SET_BYTES + 16 * i);
@@ -126,14 +130,14 @@ CCQ_INLINE void multiply_tile(const panel * p, const tile_columns * col, int n_c
         }
     }
     for (int s = 0; s < PANEL_SETS; s++) {
-        for (int c = 0; c < n_cols; c++) { store_sums(p, s, col->out[c], acc[s][c]); }
+        for (int c = 0; c < n_cols; c++) { store_sums(p, sums + c * PANEL_ROWS, s, acc[s][c], col->out[c]); }
     }
 }
 
 #define CCQ_TILE(n_cols)                                                                                               \
     static __attribute__((noinline)) void multiply_tile_##n_cols(const panel * p, const tile_columns * col,            \
-                                                                 int64_t from, int64_t to) {                           \
-        multiply_tile(p, col, n_cols, from, to);                                                                       \
+                                                                 int64_t from, int64_t to, float * sums) {             \
+        multiply_tile(p, col, n_cols, from, to, sums);                                                                 \
     }
 CCQ_TILE(1)
 CCQ_TILE(2)
@@ -144,25 +148,26 @@ CCQ_TILE(6)
 #undef CCQ_TILE
 CCQ_STATIC_ASSERT(TILE_COLUMNS == 6, "a function for each number of columns");
 
-static void multiply_panel(const ccq_product * product, const panel * p, void * work) {
-    static void (*const tiles[])(const panel *, const tile_columns *, int64_t, int64_t) = {
+/* The columns [first, last) of a product, at most BREADTH. */
+static void multiply_panel(const ccq_product * product, const panel * p, int64_t first, int64_t last, float * sums,
+                           void * work) {
+    static void (*const tiles[])(const panel *, const tile_columns *, int64_t, int64_t, float *) = {
         multiply_tile_1, multiply_tile_2, multiply_tile_3, multiply_tile_4, multiply_tile_5, multiply_tile_6};
     const int64_t n = product->n, n_groups = n / CCQ_GROUP;
     (void)work;
     for (int64_t from = 0; from < n_groups; from += DEPTH) {
         const int64_t to = n_groups - from < DEPTH ? n_groups : from + DEPTH;
-        for (int64_t first = 0; first < product->n_cols; first += TILE_COLUMNS) {
-            const int64_t left = product->n_cols - first;
-            const int n_cols = left < TILE_COLUMNS ? (int)left : TILE_COLUMNS;
+        for (int64_t at = first; at < last; at += TILE_COLUMNS) {
+            const int n_cols = last - at < TILE_COLUMNS ? (int)(last - at) : TILE_COLUMNS;
             tile_columns col;
             for (int c = 0; c < n_cols; c++) {
-                col.q[c] = ccq_column_act(product, first + c);
+                col.q[c] = ccq_column_act(product, at + c);
                 col.d[c] = ccq_act_scales(col.q[c], n, 1);
                 col.sums[c] = ccq_act_sums(col.q[c], n, 1);
-                col.out[c] = ccq_column_out(product, first + c);
+                col.out[c] = to == n_groups ? ccq_column_out(product, at + c) : NULL;
             }
-            prefetch_columns(product, first + TILE_COLUMNS, TILE_COLUMNS, from, to);
-            tiles[n_cols - 1](p, &col, from, to);
+            prefetch_columns(product, at + TILE_COLUMNS, TILE_COLUMNS, from, to);
+            tiles[n_cols - 1](p, &col, from, to, sums + (at - first) * PANEL_ROWS);
         }
     }
 }

@@ -98,28 +98,23 @@ CCQ_INLINE void expand_runs(const int8_t * q, const float * d, int64_t n_runs, i
     }
 }
 
-/* The memory that rows to come lie in is asked for while these are multiplied: as many bytes ahead as some 16384 weights
- * take, half a microsecond, in whole steps of the rows that go together.  Without it products of weights that lie in
- * memory take two to three times as long; four rows of 2048 ahead are 5 % slower than eight. */
-CCQ_INLINE int64_t prefetch_distance(const ccq_product * p) {
-    const int64_t rows = (16384 / p->n + VECTOR_ROWS - 1) / VECTOR_ROWS * VECTOR_ROWS;
-    return (rows > VECTOR_ROWS ? rows : VECTOR_ROWS) * p->row_stride;
-}
+/* Memory is asked for while what came before it is multiplied, into the second-level cache: a first-level one has too few
+ * buffers for misses.  Without it products of weights that lie in memory take twice as long; 3000 to 8000 bytes ahead are
+ * alike, into the first level they are 5 to 10 % slower. */
+enum { PREFETCH_BYTES = 8000 };
 
-CCQ_INLINE void prefetch(const uint8_t * block, int64_t ahead) {
-    _mm_prefetch((const char *)block + ahead, _MM_HINT_T0);
-}
+CCQ_INLINE void prefetch(const uint8_t * block) { _mm_prefetch((const char *)block + PREFETCH_BYTES, _MM_HINT_T1); }
 
 /* --- groups one by one -------------------------------------------------------------------------------------------- */
 
 /* acc[r][c] += the products of groups [from, to) of n_rows rows with n_cols columns; n_rows and n_cols are constants. */
 #define CCQ_TRELLIS_ROWS(STEM, stem, id, weights, bytes)                                                               \
-    CCQ_INLINE void groups_##stem(const uint8_t * const * row, int n_rows, int64_t ahead, const column * col,           \
+    CCQ_INLINE void groups_##stem(const uint8_t * const * row, int n_rows, const column * col,           \
                                 int n_cols, int64_t from, int64_t to, __m512 acc[][VECTOR_COLUMNS]) {                  \
         for (int64_t k = from; k < to; k++) {                                                                          \
             for (int r = 0; r < n_rows; r++) {                                                                         \
                 const uint8_t * block = row[r] + k * (bytes);                                                          \
-                prefetch(block, ahead);                                                                               \
+                prefetch(block);                                                                               \
                 const hashes h = block_hashes(block, &windows_##stem, CCQ_##STEM##_MULTIPLIER);                        \
                 const float * scale = &trellis_scales[block[0]];                                                       \
                 for (int c = 0; c < n_cols; c++) {                                                                     \
@@ -136,14 +131,14 @@ CCQ_INLINE void prefetch(const uint8_t * block, int64_t ahead) {
 CCQ_TRELLIS_TYPES(CCQ_TRELLIS_ROWS)
 
 #define CCQ_PAPER_ROWS(STEM, stem, id, weights, bytes)                                                                 \
-    CCQ_INLINE void groups_##stem(const uint8_t * const * row, int n_rows, int64_t ahead, const column * col,           \
+    CCQ_INLINE void groups_##stem(const uint8_t * const * row, int n_rows, const column * col,           \
                                 int n_cols, int64_t from, int64_t to, __m512 acc[][VECTOR_COLUMNS]) {                  \
         for (int64_t k = from; k < to; k++) {                                                                          \
             const int64_t at = k / CCQ_##STEM##_GROUPS * (bytes);                                                      \
             const int group = (int)(k % CCQ_##STEM##_GROUPS);                                                          \
             for (int r = 0; r < n_rows; r++) {                                                                         \
                 const uint8_t * block = row[r] + at;                                                                   \
-                prefetch(block + group * (bytes) / CCQ_##STEM##_GROUPS, ahead);                                       \
+                prefetch(block + group * (bytes) / CCQ_##STEM##_GROUPS);                                       \
                 const __m512i levels = levels_##stem(block, group);                                                    \
                 const __m512 scale = _mm512_set1_ps(scale_##stem(block, group));                                       \
                 for (int c = 0; c < n_cols; c++) {                                                                     \
@@ -201,7 +196,7 @@ CCQ_INLINE __m512 run_scales(const uint8_t * run, int blocks, int bytes) {
     return scales;
 }
 
-CCQ_INLINE void run_rows(const uint8_t * const * row, int n_rows, int64_t ahead, const column * col, int n_cols,
+CCQ_INLINE void run_rows(const uint8_t * const * row, int n_rows, const column * col, int n_cols,
                          int64_t n_runs, int blocks, int bytes, const uint8_t * table, int even, int odd,
                          uint32_t multiplier, __m512 acc[][VECTOR_COLUMNS]) {
     const int rounds = 2 * blocks;
@@ -211,7 +206,7 @@ CCQ_INLINE void run_rows(const uint8_t * const * row, int n_rows, int64_t ahead,
     for (int64_t k = 0; k < n_runs; k++) {
         for (int r = 0; r < n_rows; r++) {
             const uint8_t * run = row[r] + k * blocks * bytes;
-            prefetch(run, ahead);
+            prefetch(run);
             const __m512i bits = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(run));
             const __m512 scales = run_scales(run, blocks, bytes);
             __m512i sum[VECTOR_COLUMNS];
@@ -235,9 +230,9 @@ CCQ_INLINE void run_rows(const uint8_t * const * row, int n_rows, int64_t ahead,
 }
 
 #define X(STEM, stem, id, weights, bytes)                                                                              \
-    CCQ_INLINE void runs_##stem(const uint8_t * const * row, int n_rows, int64_t ahead, const column * col,           \
+    CCQ_INLINE void runs_##stem(const uint8_t * const * row, int n_rows, const column * col,           \
                                 int n_cols, int64_t n_runs, __m512 acc[][VECTOR_COLUMNS]) {                            \
-        run_rows(row, n_rows, ahead, col, n_cols, n_runs, RUN_BLOCKS(bytes), bytes, run_bytes_##stem,                 \
+        run_rows(row, n_rows, col, n_cols, n_runs, RUN_BLOCKS(bytes), bytes, run_bytes_##stem,                 \
                  CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER, acc);                     \
     }
 CCQ_TRELLIS_TYPES(X)
@@ -247,31 +242,31 @@ CCQ_TRELLIS_TYPES(X)
 
 #define no_runs(...) ((void)0)
 #define CCQ_VECTOR(stem, run_blocks, runs)                                                                             \
-    CCQ_INLINE void vector_rows_##stem(const uint8_t * const * row, int n_rows, int64_t ahead, const column * col,    \
+    CCQ_INLINE void vector_rows_##stem(const uint8_t * const * row, int n_rows, const column * col,    \
                                        int n_cols, int64_t n_groups, int64_t at) {                                     \
         __m512 acc[VECTOR_ROWS][VECTOR_COLUMNS];                                                                       \
         const int64_t n_runs = (run_blocks) > 0 ? n_groups / (run_blocks) : 0;                                         \
         for (int r = 0; r < n_rows; r++) {                                                                             \
             for (int c = 0; c < n_cols; c++) { acc[r][c] = _mm512_setzero_ps(); }                                      \
         }                                                                                                              \
-        runs(row, n_rows, ahead, col, n_cols, n_runs, acc);                                                           \
-        groups_##stem(row, n_rows, ahead, col, n_cols, n_runs * (run_blocks), n_groups, acc);                         \
+        runs(row, n_rows, col, n_cols, n_runs, acc);                                                           \
+        groups_##stem(row, n_rows, col, n_cols, n_runs * (run_blocks), n_groups, acc);                         \
         for (int r = 0; r < n_rows; r++) {                                                                             \
             for (int c = 0; c < n_cols; c++) { col[c].out[at + r] = _mm512_reduce_add_ps(acc[r][c]); }                 \
         }                                                                                                              \
     }                                                                                                                  \
-    static __attribute__((noinline)) void vector_##stem(const uint8_t * const * row, int n_rows, int64_t ahead,       \
+    static __attribute__((noinline)) void vector_##stem(const uint8_t * const * row, int n_rows,       \
                                                         const column * col, int n_cols, int64_t n_groups,              \
                                                         int64_t at) {                                                  \
         switch (n_rows == VECTOR_ROWS ? n_cols : 0) {                                                                  \
-        case 1: vector_rows_##stem(row, VECTOR_ROWS, ahead, col, 1, n_groups, at); return;                            \
-        case 2: vector_rows_##stem(row, VECTOR_ROWS, ahead, col, 2, n_groups, at); return;                            \
-        case 3: vector_rows_##stem(row, VECTOR_ROWS, ahead, col, 3, n_groups, at); return;                            \
-        case 4: vector_rows_##stem(row, VECTOR_ROWS, ahead, col, 4, n_groups, at); return;                            \
+        case 1: vector_rows_##stem(row, VECTOR_ROWS, col, 1, n_groups, at); return;                            \
+        case 2: vector_rows_##stem(row, VECTOR_ROWS, col, 2, n_groups, at); return;                            \
+        case 3: vector_rows_##stem(row, VECTOR_ROWS, col, 3, n_groups, at); return;                            \
+        case 4: vector_rows_##stem(row, VECTOR_ROWS, col, 4, n_groups, at); return;                            \
         default: break;                                                                                                \
         }                                                                                                              \
         for (int r = 0; r < n_rows; r++) {                                                                             \
-            for (int c = 0; c < n_cols; c++) { vector_rows_##stem(row + r, 1, ahead, col + c, 1, n_groups, at + r); } \
+            for (int c = 0; c < n_cols; c++) { vector_rows_##stem(row + r, 1, col + c, 1, n_groups, at + r); } \
         }                                                                                                              \
     }
 #define X(STEM, stem, id, weights, bytes) CCQ_VECTOR(stem, RUN_BLOCKS(bytes), runs_##stem)
