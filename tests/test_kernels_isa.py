@@ -53,7 +53,7 @@ def test_the_table() -> None:
     assert names[-1] == "scalar"
     assert SUPPORTED[-1] == "scalar"
     if platform.machine() == "x86_64":
-        assert names == ["amx", "avx512_vbmi", "avx512", "avx2", "scalar"]
+        assert names == ["amx", "avx512_vbmi", "avx_vnni", "avx512", "avx2", "scalar"]
 
 
 def test_the_best_supported_set_is_the_default() -> None:

@@ -7,8 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef CCQ_BUILD_AMX
+#ifdef CCQ_BUILD_X86
 #include <cpuid.h>
+#endif
+#ifdef CCQ_BUILD_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -54,16 +56,21 @@ const char * ccq_status_text(ccq_status status) {
 static int always(void) { return 1; }
 
 #ifdef CCQ_BUILD_X86
-static int has_avx2(void) { return __builtin_cpu_supports("avx2"); }
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+static int has_avx_vnni(void) { /* which GCC 12 and clang 15 do not know by name */
+    unsigned a, b, c, d;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1 << 4);
+}
 
 static int has_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 
 static int has_avx512_vbmi(void) {
     return has_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+           __builtin_cpu_supports("avx512vnni");
 }
 
 #ifdef CCQ_BUILD_AMX
@@ -84,7 +91,8 @@ const ccq_isa_entry ccq_isa_table[] = {
     {"amx", has_amx, &ccq_kernels_amx},
 #endif
     {"avx512_vbmi", has_avx512_vbmi, &ccq_kernels_avx512_vbmi},
-    {"avx512", has_avx512, &ccq_kernels_avx512},
+    {"avx_vnni", has_avx_vnni, &ccq_kernels_avx_vnni},
+    {"avx512", has_avx512, &ccq_kernels_avx512}, /* whose products take 1.2 to 2.3 times as long */
     {"avx2", has_avx2, &ccq_kernels_avx2},
 #endif
     {"scalar", always, &ccq_kernels_scalar},

@@ -33,6 +33,7 @@ typedef struct ccq_kernels {
 
 extern const ccq_kernels ccq_kernels_scalar;
 extern const ccq_kernels ccq_kernels_avx2;
+extern const ccq_kernels ccq_kernels_avx_vnni;
 extern const ccq_kernels ccq_kernels_avx512;
 extern const ccq_kernels ccq_kernels_avx512_vbmi;
 extern const ccq_kernels ccq_kernels_amx;

@@ -1,8 +1,9 @@
-/* Kernels for x86 CPUs with AVX2 (compiled with -mavx2). */
+/* Kernels for x86 CPUs with AVX2 and FMA (compiled with those flags). */
 #define CCQ_SET ccq_kernels_avx2
 #define CCQ_ACT int16_t
 #define CCQ_ACT_MAX CCQ_ACT16_MAX
-#include "dot.h"
+#include "multiply.h"
+#include "mul_mat.h"
 #include "groups.h"
 #include "lanes.h"
 

@@ -53,21 +53,24 @@ CCQ_INLINE void values_p2_75(const uint8_t * block, int group, __m256i out[4]) {
     out[3] = CCQ_SPREAD(last, CCQ_BYTE_WORD, 3, 6, CCQ_POWER3, 4, 48);
 }
 
-/* Low 16 bits of eight states.  Where the rounded value is no int32, the conversion gives 0x80000000, whose low bits
- * are those of the state 0 that the spec asks for; the windows lie in the low 15 bits. */
+/* Eight states, right in their low 16 bits: where the rounded value is no int32, the conversion gives 0x80000000, whose
+ * low bits are those of the state 0 that the spec asks for.  The windows lie in the low 15 bits. */
 CCQ_INLINE __m256i p2_states(const uint8_t * codes, __m256 code_scale, __m256 code_zp) {
     const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
     const __m256 moved = _mm256_add_ps(_mm256_mul_ps(code, code_scale), code_zp);
     const __m256 rounded = _mm256_floor_ps(_mm256_add_ps(moved, _mm256_set1_ps(0.5f)));
-    return _mm256_and_si256(_mm256_cvttps_epi32(rounded), _mm256_set1_epi32(0xffff));
+    return _mm256_cvttps_epi32(rounded);
 }
 
 CCQ_INLINE void values_p2(const uint8_t * block, int group, __m256i out[4]) {
     const uint8_t * codes = block + offsetof(ccq_p2_block, codes) + group * 16;
     const __m256 scale = _mm256_set1_ps(ccq_bits_float(ccq_load_u32(block + offsetof(ccq_p2_block, code_scale))));
     const __m256 zp = _mm256_set1_ps(ccq_bits_float(ccq_load_u32(block + offsetof(ccq_p2_block, code_zp))));
+    const __m256i low = _mm256_set1_epi32(0xffff);
     const __m256i states = _mm256_permute4x64_epi64(
-        _mm256_packus_epi32(p2_states(codes, scale, zp), p2_states(codes + 8, scale, zp)), 0xd8);
+        _mm256_packus_epi32(_mm256_and_si256(p2_states(codes, scale, zp), low),
+                            _mm256_and_si256(p2_states(codes + 8, scale, zp), low)),
+        0xd8);
     const __m256i first = _mm256_permute2x128_si256(states, states, 0x00);
     const __m256i last = _mm256_permute2x128_si256(states, states, 0x11);
     out[0] = CCQ_SPREAD(first, CCQ_WORD, 4, 0, CCQ_POWER4, 6, 0);

@@ -1,9 +1,10 @@
-/* Kernels for x86 CPUs with AVX-512 F, BW, DQ and VL (compiled with those flags): the Viterbi steps have 512-bit vectors
- * of their own, products are those of AVX2. */
+/* Kernels for x86 CPUs with AVX-512 F, BW, DQ and VL (compiled with those flags and FMA): the Viterbi steps have
+ * 512-bit vectors of their own, products are those of AVX2. */
 #define CCQ_SET ccq_kernels_avx512
 #define CCQ_ACT int16_t
 #define CCQ_ACT_MAX CCQ_ACT16_MAX
-#include "../avx2/dot.h"
+#include "../avx2/multiply.h"
+#include "../avx2/mul_mat.h"
 #include "../avx2/groups.h"
 #include "lanes.h"
 

@@ -38,6 +38,13 @@ CCQ_INLINE __m512i pack_values(const __m256i value[4]) {
 CCQ_PAPER_TYPES(X)
 #undef X
 
+/* Memory is asked for while what came before it is multiplied, into the second-level cache: a first-level one has too few
+ * buffers for misses.  Without it products of weights that lie in memory take twice as long; 8000 bytes ahead are a
+ * little slower, and so is the first level. */
+enum { PREFETCH_BYTES = 16000 };
+
+CCQ_INLINE void prefetch(const uint8_t * block) { _mm_prefetch((const char *)block + PREFETCH_BYTES, _MM_HINT_T1); }
+
 /* --- to floats --------------------------------------------------------------------------------------------------- */
 
 /* 32 levels plus their offset, less than 2^16, as 16-bit lanes behind the upper half of 2^23 are floats 2^23 + level: one

@@ -183,6 +183,7 @@ static void multiply_panel(const ccq_product * product, const panel * p, int64_t
             __m512i v[SET_ROWS];                                                                                       \
             for (int r = 0; r < SET_ROWS; r++) {                                                                       \
                 const uint8_t * block = row[r < n_rows ? r : 0] + at;                                                  \
+                prefetch(block);                                                                                       \
                 v[r] = levels_##stem(block, group);                                                                    \
                 if (PANEL_SIGNED) { v[r] = _mm512_sub_epi8(v[r], _mm512_set1_epi8((char)OFFSET_##STEM)); }             \
                 scales[r] = scale_##stem(block, group);                                                                \

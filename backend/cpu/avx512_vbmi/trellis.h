@@ -12,6 +12,7 @@
 
 #include <immintrin.h>
 
+#include "../avx2/scales.h"
 #include "../generic/inline.h"
 
 /* Where window w starts, in bits; the bytes of the four windows from w on, of a block of 1 scale byte and n code
@@ -50,21 +51,6 @@ typedef struct {
     CCQ_STATIC_ASSERT(CCQ_##STEM##_LEVEL_OFFSET == CCQ_T2_LEVEL_OFFSET && (bytes) <= 32, "one offset, one load");
 CCQ_TRELLIS_TYPES(X)
 #undef X
-
-/* The scale of every byte, to be broadcast from memory: ccq_t_scale takes shuffles to do that. */
-#define CCQ_SCALE8(e)                                                                                                  \
-    8 * CCQ_POWER(e), 9 * CCQ_POWER(e), 10 * CCQ_POWER(e), 11 * CCQ_POWER(e), 12 * CCQ_POWER(e), 13 * CCQ_POWER(e),    \
-        14 * CCQ_POWER(e), 15 * CCQ_POWER(e)
-#define CCQ_POWER(e) (0x1p-30f * (float)(1u << (e)))
-#define CCQ_SCALE64(e)                                                                                                 \
-    CCQ_SCALE8(e), CCQ_SCALE8(e + 1), CCQ_SCALE8(e + 2), CCQ_SCALE8(e + 3), CCQ_SCALE8(e + 4), CCQ_SCALE8(e + 5),      \
-        CCQ_SCALE8(e + 6), CCQ_SCALE8(e + 7)
-static const float trellis_scales[256] __attribute__((aligned(64))) = {
-    0,
-    9 * CCQ_POWER(0), 10 * CCQ_POWER(0), 11 * CCQ_POWER(0), 12 * CCQ_POWER(0), 13 * CCQ_POWER(0), 14 * CCQ_POWER(0),
-    15 * CCQ_POWER(0), CCQ_SCALE8(1), CCQ_SCALE8(2), CCQ_SCALE8(3), CCQ_SCALE8(4), CCQ_SCALE8(5), CCQ_SCALE8(6),
-    CCQ_SCALE8(7), CCQ_SCALE64(8), CCQ_SCALE64(16), CCQ_SCALE64(24)};
-CCQ_STATIC_ASSERT(CCQ_T2_SCALE_EXPONENT_BIAS == 30, "CCQ_POWER");
 
 /* Blocks are loaded as 32 bytes: up to this much behind a row's end. */
 enum { ROW_OVERREAD = 32 };

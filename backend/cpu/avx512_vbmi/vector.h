@@ -98,13 +98,6 @@ CCQ_INLINE void expand_runs(const int8_t * q, const float * d, int64_t n_runs, i
     }
 }
 
-/* Memory is asked for while what came before it is multiplied, into the second-level cache: a first-level one has too few
- * buffers for misses.  Without it products of weights that lie in memory take twice as long; 3000 to 8000 bytes ahead are
- * alike, into the first level they are 5 to 10 % slower. */
-enum { PREFETCH_BYTES = 8000 };
-
-CCQ_INLINE void prefetch(const uint8_t * block) { _mm_prefetch((const char *)block + PREFETCH_BYTES, _MM_HINT_T1); }
-
 /* --- groups one by one -------------------------------------------------------------------------------------------- */
 
 /* acc[r][c] += the products of groups [from, to) of n_rows rows with n_cols columns; n_rows and n_cols are constants. */

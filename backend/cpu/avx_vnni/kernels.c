@@ -1,0 +1,10 @@
+/* Kernels for x86 CPUs with AVX2, FMA and AVX-VNNI: Alder Lake and later (compiled with those flags). */
+#define CCQ_SET ccq_kernels_avx_vnni
+#define CCQ_ACT int8_t
+#define CCQ_ACT_MAX CCQ_ACT8_MAX
+#include "multiply.h"
+#include "../avx2/mul_mat.h"
+#include "../avx2/groups.h"
+#include "../avx2/lanes.h"
+
+#include "../generic/kernels.inl"
