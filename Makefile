@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 AMX := $(shell echo | $(or $(CXX),c++) -march=native -dM -E - 2>/dev/null | grep -c __AMX_INT8__)
 INSTALL_LLAMA := $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(INSTALL)
 
-.PHONY: setup demo test test-slow test-upstream test-isa generate vectors check clean
+.PHONY: setup demo test test-slow test-upstream test-isa bench generate vectors check format clean
 
 setup: .venv/.llama ## install the package and llama.cpp into .venv
 
@@ -31,6 +31,10 @@ test-isa: .venv/.python ## every kernel set, emulated where this CPU lacks it: A
 	$(INSTALL) 'click>=8.1'
 	$(BIN)/python tests/isa/run.py
 
+bench: .venv/.llama ## kernels alone, then tokens per second in llama.cpp, all types (15 minutes)
+	$(BIN)/python benchmarks/kernels.py --encode 1024 --effort fast
+	$(BIN)/python benchmarks/speed/bench.py
+
 generate: .venv/.llama ## rewrite what is derived from ccq_format/layouts.py
 	$(BIN)/python backend/gen.py
 
@@ -38,10 +42,18 @@ vectors: .venv/.llama ## rewrite the golden vectors (only with a change of forma
 	$(BIN)/python spec/vectors/make_vectors.py
 	$(BIN)/python spec/vectors/invalid/make_invalid.py
 
-check: .venv/.check ## generated files up to date, lint, types
+C_SOURCES := $(shell git ls-files backend tests | grep -E '\.(c|cpp|h|inl)$$' | grep -v core/layouts.h)
+
+check: .venv/.check ## generated files up to date, layout, lint, types
 	$(BIN)/python backend/gen.py --check
+	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+format: .venv/.check ## lay out the sources
+	$(BIN)/clang-format -i $(C_SOURCES)
+	$(BIN)/ruff format .
 
 clean: ## remove what the targets made
 	rm -rf .venv build .cache demo-out

@@ -2,8 +2,10 @@
 (``CCQ_ISA`` as usual).
 
 Every type is checked first: products against the decoded weights within the bound of backend/cpu/ACTIVATIONS.md, and
-that coupled encoding lowers what it is told to.  The encoders' errors are printed with their time; coupled encoding's
-is relative to plain encoding's, and so is its time.  A weight counts once per product.
+that coupled encoding lowers what it is told to.  A weight counts once per product.  Products with one column are timed
+with weights in the caches and in memory; the latter also as the share of the bandwidth with which NumPy adds up as
+many bytes.  The encoders' errors are printed with their time; coupled encoding's is relative to plain encoding's, and
+so is its time.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import numpy as np
 import ccq_backend
 from ccq_format.layouts import GROUP, LAYOUTS, Layout, TrellisCode
 
-ACT_BLOCK = np.dtype([("d", "<f4"), ("sum", "<i4"), ("q", "<i2", GROUP)])
 COLUMNS = 4096
+BATCH = 512
+"""Columns of the product that stands for prompts."""
 
 
 def best_time(call: Callable[[], object], seconds: float = 0.4) -> float:
@@ -44,13 +47,19 @@ def make_blocks(layout: Layout, rows: int, rng: np.random.Generator) -> np.ndarr
     return b.reshape(rows, -1)
 
 
-def check(layout: Layout, blocks: np.ndarray, x: np.ndarray, act: np.ndarray) -> None:
+def check(layout: Layout, blocks: np.ndarray, act: np.ndarray) -> None:
     """Raise ``AssertionError`` unless products are within the bound."""
     w = ccq_backend.decode(layout, blocks).astype(float)
-    d = np.repeat(act.view(ACT_BLOCK)["d"].astype(float), GROUP, axis=1)
-    bound = d @ np.abs(w).T * (0.5 + 2.0**-7) + (np.abs(x) + d) @ np.abs(w).T * (COLUMNS / GROUP / 4 + 7) * 2.0**-24
-    error = np.abs(ccq_backend.mul_mat(layout, blocks, act) - x.astype(float) @ w.T)
-    assert np.all(error <= bound), f"{layout.name}: product out of bounds"
+    q, d = ccq_backend.read_activations(act, COLUMNS)
+    x = q * np.repeat(d.astype(float), GROUP, axis=1)
+    bound = np.abs(x) @ np.abs(w).T * (COLUMNS / GROUP + 8) * 2.0**-24
+    assert np.all(np.abs(ccq_backend.mul_mat(layout, blocks, act) - x @ w.T) <= bound), f"{layout.name}: out of bounds"
+
+
+def read_bandwidth(n_bytes: int) -> float:
+    """Bytes per second of adding up so many."""
+    data = np.ones(n_bytes // 8, np.uint64)
+    return data.nbytes / best_time(data.sum)
 
 
 def encode(layout: Layout, w: np.ndarray, coupling: np.ndarray | None, effort: str) -> tuple[np.ndarray, float]:
@@ -80,29 +89,33 @@ def main() -> None:
     """Print one line per type."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--encode", type=int, default=16384, metavar="N", help="weights to encode (default 16384)")
-    parser.add_argument("--rows", type=int, default=512, help="rows of the matrix that is multiplied (default 512)")
+    parser.add_argument("--rows", type=int, default=512, help="rows of the matrix in the caches (default 512)")
+    parser.add_argument("--large", type=int, default=50000, help="rows of the matrix in memory (default 50000)")
     parser.add_argument("--effort", choices=list(ccq_backend.EFFORTS), default="default", help="of encoding")
     args = parser.parse_args()
     rng = np.random.default_rng(1)
-    x = rng.standard_normal((32, COLUMNS)).astype(np.float32)
-    act = ccq_backend.quantize_activations(x)
-    print(f"kernel set: {ccq_backend.isa()}; {args.rows} x {COLUMNS}; G = 10^9 weights per second")
-    products = f"{'decode':>8} {'1 column':>9} {'32 columns':>11}"
+    act = ccq_backend.quantize_activations(rng.standard_normal((BATCH, COLUMNS)))
+    print(f"kernel set: {ccq_backend.isa()}; rows of {COLUMNS}; G = 10^9 weights per second")
+    products = f"{'decode':>9} {'1 column':>9} {'in memory':>18} {f'{BATCH} columns':>12}"
     print(f"{'type':10} {products} {'encode':>12} {'relmse':>9} {'coupled':>8} {'error':>10}")
     for layout in LAYOUTS:
         blocks = make_blocks(layout, args.rows, rng)
-        check(layout, blocks[:64], x, act)
+        check(layout, blocks[:64], act[:40])
+        large = np.tile(blocks, (-(-args.large // args.rows), 1))
+        read = read_bandwidth(large.nbytes)
         weights = args.rows * COLUMNS
         decode = weights / best_time(partial(ccq_backend.decode, layout, blocks)) / 1e9
         one = weights / best_time(partial(ccq_backend.mul_mat, layout, blocks, act[:1])) / 1e9
-        many = 32 * weights / best_time(partial(ccq_backend.mul_mat, layout, blocks, act)) / 1e9
+        seconds = best_time(partial(ccq_backend.mul_mat, layout, large, act[:1]))
+        far, share = len(large) * COLUMNS / seconds / 1e9, large.nbytes / seconds / read
+        many = BATCH * weights / best_time(partial(ccq_backend.mul_mat, layout, blocks, act)) / 1e9
         w = rng.standard_normal((-(-args.encode // 1024), 1024)).astype(np.float32)
         error, seconds = encode(layout, w, None, args.effort)
         relmse = float((error**2).sum() / (w.astype(float) ** 2).sum())
         trellis = isinstance(layout.code, TrellisCode)
         coupled = compare_coupled(layout, args.encode, args.effort, rng) if trellis else ""
         per_weight = seconds / w.size * 1e6
-        products = f"{decode:6.2f} G {one:7.2f} G {many:9.2f} G"
+        products = f"{decode:7.2f} G {one:7.2f} G {far:7.2f} G ({share:4.0%}) {many:10.2f} G"
         print(f"{layout.name:10} {products} {per_weight:9.3f} us {relmse:9.5f} {coupled}".rstrip())
 
 

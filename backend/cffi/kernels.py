@@ -142,11 +142,7 @@ def encode(
             raise errors.ShapeError(f"coupling has shape {u.shape}, not {(cols // layouts.GROUP, 64, 64)}")
         keep.append(u)
         params.coupling = _pointer(u, "const float *")
-    _check(
-        lib.ccq_encode(
-            layout.gguf_id, _pointer(w, "const float *"), rows, cols, params, _pointer(out, "void *")
-        )
-    )
+    _check(lib.ccq_encode(layout.gguf_id, _pointer(w, "const float *"), rows, cols, params, _pointer(out, "void *")))
     return out
 
 

@@ -64,8 +64,8 @@ CCQ_CORE int8_t ccq_t_level(uint32_t window, uint32_t multiplier, uint32_t mask,
 }
 
 /* Levels of one block's cycle of code bits.  n_bytes <= 24. */
-CCQ_CORE void ccq_t_levels(const uint8_t * codes, int n_bytes, int even, int odd, uint32_t multiplier,
-                                uint32_t mask, int shift, int offset, int8_t * v) {
+CCQ_CORE void ccq_t_levels(const uint8_t * codes, int n_bytes, int even, int odd, uint32_t multiplier, uint32_t mask,
+                           int shift, int offset, int8_t * v) {
     uint8_t cycle[24 + 4];
     memcpy(cycle, codes, (size_t)n_bytes);
     memcpy(cycle + n_bytes, codes, 4); /* the cycle's start again: the last windows wrap around */
@@ -77,7 +77,7 @@ CCQ_CORE void ccq_t_levels(const uint8_t * codes, int n_bytes, int even, int odd
 }
 
 #define CCQ_T_GROUP(STEM, stem)                                                                                        \
-    CCQ_CORE float ccq_group_##stem(const uint8_t * block, int group, int8_t * v) {                               \
+    CCQ_CORE float ccq_group_##stem(const uint8_t * block, int group, int8_t * v) {                                    \
         (void)group;                                                                                                   \
         ccq_t_levels(block + offsetof(ccq_##stem##_block, codes), CCQ_##STEM##_CODE_BITS / 8,                          \
                      CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER,                       \

@@ -14,6 +14,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#ifdef CCQ_BUILD_NEON_MORE
+#include <sys/auxv.h>
+#endif
 
 /* --- types ------------------------------------------------------------------------------------------------------ */
 
@@ -74,8 +77,8 @@ static int has_avx512_vbmi(void) {
 }
 
 #ifdef CCQ_BUILD_AMX
-/* Whether CPU and kernel have AMX, and the kernel lets this process use it: a process must ask once, before its threads'
- * first use. */
+/* Whether CPU and kernel have AMX, and the kernel lets this process use it: a process must ask once, before its
+ * threads' first use. */
 static int has_amx(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18, AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25 };
     unsigned a, b, c, d;
@@ -83,6 +86,12 @@ static int has_amx(void) {
            syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 #endif
+#endif
+
+#ifdef CCQ_BUILD_NEON_MORE
+static int has_neon_dotprod(void) { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+
+static int has_neon_i8mm(void) { return has_neon_dotprod() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }
 #endif
 
 const ccq_isa_entry ccq_isa_table[] = {
@@ -94,6 +103,13 @@ const ccq_isa_entry ccq_isa_table[] = {
     {"avx_vnni", has_avx_vnni, &ccq_kernels_avx_vnni},
     {"avx512", has_avx512, &ccq_kernels_avx512}, /* whose products take 1.2 to 2.3 times as long */
     {"avx2", has_avx2, &ccq_kernels_avx2},
+#endif
+#ifdef CCQ_BUILD_NEON_MORE
+    {"neon_i8mm", has_neon_i8mm, &ccq_kernels_neon_i8mm},
+    {"neon_dotprod", has_neon_dotprod, &ccq_kernels_neon_dotprod},
+#endif
+#ifdef CCQ_BUILD_NEON
+    {"neon", always, &ccq_kernels_neon},
 #endif
     {"scalar", always, &ccq_kernels_scalar},
     {NULL, NULL, NULL},

@@ -45,7 +45,7 @@ static void encode_block(const worker * self, int64_t block) {
         j->importance == NULL ? NULL : j->importance + at / j->n_cols * j->importance_stride + at % j->n_cols;
     uint8_t * out = j->blocks + block * j->type->block_bytes;
     if (self->trellis == NULL) {
-        const ccq_status status = ccq_encode_paper_block(j->type, j->weights + at, importance, out);
+        const ccq_status status = ccq_encode_paper_block(j->kernels, j->type, j->weights + at, importance, out);
         int none = CCQ_OK;
         if (status != CCQ_OK) { atomic_compare_exchange_strong(&j->error, &none, (int)status); }
         return;
@@ -106,7 +106,7 @@ static int32_t thread_count(const ccq_encode_params * params, const job * j) {
 
 /* Run the job on n threads, this one among them; on fewer where memory or threads are short. */
 static ccq_status run_job(job * j, int32_t n) {
-    const int trellis = j->index <= CCQ_INDEX_T3;
+    const int trellis = j->index < CCQ_FIRST_PAPER_INDEX;
     worker workers[MAX_THREADS];
     pthread_t threads[MAX_THREADS];
     int32_t ready = 0;
@@ -156,7 +156,7 @@ ccq_status ccq_encode(int32_t type, const float * weights, int64_t n_rows, int64
         j.coupling = params->coupling;
         if (j.importance_stride < 0) { return CCQ_ERR_ARGUMENT; }
         if (j.effort < CCQ_EFFORT_DEFAULT || j.effort > CCQ_EFFORT_BEST) { return CCQ_ERR_ARGUMENT; }
-        if ((j.scales != NULL || j.coupling != NULL) && j.index > CCQ_INDEX_T3) { return CCQ_ERR_ARGUMENT; }
+        if ((j.scales != NULL || j.coupling != NULL) && j.index >= CCQ_FIRST_PAPER_INDEX) { return CCQ_ERR_ARGUMENT; }
     }
     if (n_cols % j.type->block_weights) { return CCQ_ERR_ROW_LENGTH; }
     if (total == 0) { return CCQ_OK; }

@@ -13,8 +13,8 @@ struct ccq_kernels;
 /* --- T types (encode_trellis.c) ----------------------------------------------------------------------------------- */
 
 enum {
-    CCQ_TRELLIS_LEVELS = 4096,  /* windows of 12 bits */
-    CCQ_TRELLIS_STATES = 2048   /* the most states between two steps: 12 bits less a stride of 1 */
+    CCQ_TRELLIS_LEVELS = 4096, /* windows of 12 bits */
+    CCQ_TRELLIS_STATES = 2048  /* the most states between two steps: 12 bits less a stride of 1 */
 };
 
 CCQ_STATIC_ASSERT(CCQ_T1_5_WINDOW_BITS == 12 && CCQ_T2_WINDOW_BITS == 12 && CCQ_T2_5_WINDOW_BITS == 12 &&
@@ -26,12 +26,13 @@ CCQ_STATIC_ASSERT(CCQ_T1_5_WINDOW_BITS == 12 && CCQ_T2_WINDOW_BITS == 12 && CCQ_
  * The tables by step & 1 hold the levels in the order in which a Viterbi step reads them: the window
  * (run * part + k) << after | p at (run * ways + p) * part + k; viterbi_step in kernels.inl says what these are. */
 typedef struct ccq_trellis {
-    int32_t stride[2];                                  /* of even and odd steps */
-    int8_t level[CCQ_TRELLIS_LEVELS];                   /* by window */
-    int16_t levels[2][CCQ_TRELLIS_LEVELS];              /* of even and odd steps */
-    int16_t scaled[2][CCQ_TRELLIS_LEVELS];              /* CCQ_FACTOR_ONE times that */
-    uint16_t sorted[CCQ_TRELLIS_STATES];                /* scalar: the metrics entering a step, by predecessor */
-    uint16_t metric[CCQ_GROUP + 1][CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
+    int32_t stride[2];                     /* of even and odd steps */
+    int8_t level[CCQ_TRELLIS_LEVELS];      /* by window */
+    int16_t levels[2][CCQ_TRELLIS_LEVELS]; /* of even and odd steps */
+    int16_t scaled[2][CCQ_TRELLIS_LEVELS]; /* CCQ_FACTOR_ONE times that */
+    uint16_t sorted[CCQ_TRELLIS_STATES];   /* scalar: the metrics entering a step, by predecessor */
+    uint16_t metric[CCQ_GROUP + 1]
+                   [CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
 } ccq_trellis;
 
 enum { CCQ_COUPLED_KEPT = 256 };
@@ -40,19 +41,19 @@ enum { CCQ_COUPLED_KEPT = 256 };
  * same cycles backwards: windows and states have their bits in reverse order, step i is step 63 - i of the block. */
 typedef struct ccq_coupled {
     ccq_trellis reversed;
-    uint16_t reverse[CCQ_TRELLIS_LEVELS];           /* windows with their bits in reverse order */
-    const float * coupling;                         /* which one lies in row: it stays as it is for all blocks */
-    int16_t row[CCQ_GROUP][CCQ_GROUP];              /* the coupling, rows in units of 2^(shift - 15) */
+    uint16_t reverse[CCQ_TRELLIS_LEVELS]; /* windows with their bits in reverse order */
+    const float * coupling;               /* which one lies in row: it stays as it is for all blocks */
+    int16_t row[CCQ_GROUP][CCQ_GROUP];    /* the coupling, rows in units of 2^(shift - 15) */
     int32_t shift[CCQ_GROUP];
     int16_t target[2][CCQ_COUPLED_KEPT][CCQ_GROUP]; /* of the survivors before even and odd steps, 1/64 level */
     uint16_t state[2][CCQ_COUPLED_KEPT];
     int32_t metric[2][CCQ_COUPLED_KEPT];
-    uint16_t found[CCQ_TRELLIS_STATES];             /* the last step after which a state had a survivor << 8 | which */
-    uint32_t back[CCQ_GROUP][CCQ_COUPLED_KEPT];     /* of each survivor after a step: its window, its parent << 16 */
+    uint16_t found[CCQ_TRELLIS_STATES];         /* the last step after which a state had a survivor << 8 | which */
+    uint32_t back[CCQ_GROUP][CCQ_COUPLED_KEPT]; /* of each survivor after a step: its window, its parent << 16 */
 } ccq_coupled;
 
-/* The cost of a step, an integer: the squared error in units of eight squared levels, times the weight's factor (root of
- * the importance, CCQ_FACTOR_ONE for 1) squared; rounded to nearest.  Three ways to write it in 16-bit operations:
+/* The cost of a step, an integer: the squared error in units of eight squared levels, times the weight's factor (root
+ * of the importance, CCQ_FACTOR_ONE for 1) squared; rounded to nearest.  Three ways to write it in 16-bit operations:
  *
  *   no factors                   x is CCQ_FACTOR_ONE times the weight in units of the scale
  *   factor <= CCQ_FACTOR_SCALED  x is `factor` times the weight
@@ -104,9 +105,16 @@ int32_t ccq_trellis_scale_byte(float scale);
 
 /* --- P types (encode_paper.c) ------------------------------------------------------------------------------------- */
 
+enum { CCQ_PAPER_LANES = 16, CCQ_P2_STATES = 256, CCQ_P2_WORDS = CCQ_GROUP / CCQ_P2_WORD_WEIGHTS };
+
+/* Weights of a P2 group and their importances by their place in the word: [place][word]. */
+typedef struct ccq_p2_words {
+    float x[CCQ_P2_WORD_WEIGHTS][CCQ_P2_WORDS], w[CCQ_P2_WORD_WEIGHTS][CCQ_P2_WORDS];
+} ccq_p2_words;
+
 /* Encode one block of a P type.  x and importance_or_null are type->block_weights contiguous floats, already checked:
  * x finite, importance finite and >= 0 (NULL: all ones).  block receives type->block_bytes bytes.  Thread safe. */
-ccq_status ccq_encode_paper_block(const ccq_type_info * type, const float * x, const float * importance_or_null,
-                                  uint8_t * block);
+ccq_status ccq_encode_paper_block(const struct ccq_kernels * kernels, const ccq_type_info * type, const float * x,
+                                  const float * importance_or_null, uint8_t * block);
 
 #endif

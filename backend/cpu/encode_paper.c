@@ -14,60 +14,32 @@
  *
  * Bytes must not depend on compiler or instruction set: +, -, *, /, sqrt and ldexp only, in a fixed order, compiled
  * with -ffp-contract=off.  Loops run over LANES independent lanes, so vectorizing them changes no result. */
-#include "encode.h"
+#include "encode_paper.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
 
-#include "../core/layouts.h"
-
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #endif
 
-/* The clones differ in register width only (no fma in either).  Sanitizers run before ifunc resolvers may. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define CCQ_WIDE __attribute__((target_clones("default", "avx2")))
-#else
-#define CCQ_WIDE
-#endif
-
-enum {
-    LANES = 16,
-    G = CCQ_GROUP,
-    MAX_WEIGHTS = CCQ_P2_BLOCK_WEIGHTS,
-    MAX_GROUPS = CCQ_P2_GROUPS,
-    P2_STATES = 256,
-    P2_WORDS = G / CCQ_P2_WORD_WEIGHTS,
-};
+enum { LANES = CCQ_PAPER_LANES, G = CCQ_GROUP };
 
 /* --- a block scaled to unit size --------------------------------------------------------------------------------- */
 
-typedef struct {
-    float x[MAX_WEIGHTS];
-    float w[MAX_WEIGHTS];
-    float rms[MAX_GROUPS];   /* weighted, per group; 0 where any local scale of the block is far too large */
-    float peak[MAX_GROUPS];  /* max|x| per group */
-    double zero[MAX_GROUPS]; /* error of a group decoded as zeros */
-    float min_super;         /* scaled bounds: the smallest normal super scale, */
-    float cap;               /* the largest magnitude that decodes to a finite float32 */
-    int exponent;            /* weight = x * 2^exponent */
-} unit_block;
-
-/* Returns 0 if every weight is zero. */
-static int unit_block_init(unit_block * b, int n, const float * x, const float * importance) {
+int ccq_unit_block_init(unit_block * b, const ccq_kernels * kernels, int n, const float * x, const float * importance) {
+    b->kernels = kernels;
     float top = 0, wtop = 0;
     for (int i = 0; i < n; i++) {
         const float a = fabsf(x[i]);
         top = a > top ? a : top;
-        if (importance && importance[i] > wtop) wtop = importance[i];
+        if (importance && importance[i] > wtop) { wtop = importance[i]; }
     }
-    if (top == 0) return 0;
+    if (top == 0) { return 0; }
     int we = 0;
     frexpf(top, &b->exponent);
-    if (wtop > 0) frexpf(wtop, &we);
+    if (wtop > 0) { frexpf(wtop, &we); }
     const float floor_w = wtop > 0 ? ldexpf(wtop, -we - 16) : 0;
     for (int i = 0; i < n; i++) {
         b->x[i] = ldexpf(x[i], -b->exponent);
@@ -93,103 +65,36 @@ static int unit_block_init(unit_block * b, int n, const float * x, const float *
     return 1;
 }
 
-/* --- bytes ------------------------------------------------------------------------------------------------------- */
-
-static uint32_t float_bits(float v) {
-    uint32_t u;
-    memcpy(&u, &v, sizeof u);
-    return u;
-}
-
-static float bits_float(uint32_t u) {
-    float v;
-    memcpy(&v, &u, sizeof v);
-    return v;
-}
-
-/* v moved by `steps` bfloat16 steps from its nearest one (ties to even); v is normal and far from the range's end. */
-static float bf16_step(float v, int steps) {
-    const uint32_t u = float_bits(v);
-    const uint32_t near = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-    return bits_float((uint32_t)((int32_t)near + steps) << 16);
-}
-
-static void put_u16(uint8_t * p, uint32_t v) {
-    p[0] = (uint8_t)v;
-    p[1] = (uint8_t)(v >> 8);
-}
-
-static void put_f32(uint8_t * p, float v) {
-    const uint32_t u = float_bits(v);
-    put_u16(p, u);
-    put_u16(p + 2, u >> 16);
-}
-
-/* super is a bfloat16 value of the scaled block */
-static void put_super(uint8_t * p, float super, int exponent) {
-    put_u16(p, float_bits(ldexpf(super, exponent)) >> 16);
-}
-
-/* Nearest local scale to want / super in 0..limit. */
-static int nearest_local(float want, float super, int limit) {
-    const float r = want / super + 0.5f;
-    return r >= (float)limit ? limit : r > 0 ? (int)r : 0;
-}
-
 /* --- P2_5 and P2_75: words of independent windows --------------------------------------------------- */
 
-/* err[l] = least weighted squared error of the group at scale g[l] */
-typedef void scan_fn(const float * x, const float * w, const float * g, float * err);
 /* the window values (0..7, 0..15) with that error at one scale */
 typedef void assign_fn(const float * x, const float * w, float g, uint8_t * v);
 
+/* Scales of a block: group g decodes with sign * local[g] * super. */
 typedef struct {
+    float super;
+    float sign;
+    int local[MAX_GROUPS];
+    double error; /* of the whole block, codes being the best for these scales */
+} scales;
+
+typedef struct word_code {
     int groups;
     int max_local;
     int zero_point;
-    scan_fn * scan;
+    void (*scan)(const float * x, const float * w, const float * g, float * err); /* ccq_kernels' */
     assign_fn * assign;
+    int word_bytes;
+    int word_weights;
+    int shifts[CCQ_P2_5_WORD_WEIGHTS];
+    int scale_bits;
+    int codes; /* offset in the block */
+    void (*search)(const struct word_code * code, const unit_block * b, scales * best);
 } word_code;
 
 /* A P2_5 word is two runs, weights 0..2 and 3..6.  Inside a run, neighbours share one bit: a window's low bit is the
  * next one's high bit, so the best run is a shortest path over two states. */
 static const int p2_5_run_end[7] = {0, 0, 1, 0, 0, 0, 1};
-
-CCQ_WIDE static void scan_p2_5(const float * restrict x, const float * restrict w, const float * restrict g,
-                               float * restrict err) {
-    float level[8][LANES], path[2][LANES] = {{0}}, total[LANES] = {0};
-    for (int v = 0; v < 8; v++)
-        for (int l = 0; l < LANES; l++) level[v][l] = (float)(v - CCQ_P2_5_ZERO_POINT) * g[l];
-    for (int i = 0; i < G - 1; i++) {
-        const float xi = x[i], wi = w[i];
-        for (int l = 0; l < LANES; l++) {
-            float d[8];
-            for (int v = 0; v < 8; v++) {
-                const float t = xi - level[v][l];
-                d[v] = t * t;
-            }
-            const float a0 = path[0][l] + wi * (d[0] < d[2] ? d[0] : d[2]);
-            const float a1 = path[0][l] + wi * (d[1] < d[3] ? d[1] : d[3]);
-            const float b0 = path[1][l] + wi * (d[4] < d[6] ? d[4] : d[6]);
-            const float b1 = path[1][l] + wi * (d[5] < d[7] ? d[5] : d[7]);
-            path[0][l] = a0 < b0 ? a0 : b0;
-            path[1][l] = a1 < b1 ? a1 : b1;
-        }
-        if (p2_5_run_end[i % 7])
-            for (int l = 0; l < LANES; l++) {
-                total[l] += path[0][l] < path[1][l] ? path[0][l] : path[1][l];
-                path[0][l] = path[1][l] = 0;
-            }
-    }
-    for (int l = 0; l < LANES; l++) {
-        float best = FLT_MAX;
-        for (int v = 0; v < 8; v++) {
-            const float t = x[G - 1] - level[v][l];
-            best = t * t < best ? t * t : best;
-        }
-        err[l] = total[l] + w[G - 1] * best;
-    }
-}
 
 static void assign_p2_5(const float * x, const float * w, float g, uint8_t * v) {
     float path[2] = {0, 0};
@@ -203,7 +108,7 @@ static void assign_p2_5(const float * x, const float * w, float g, uint8_t * v) 
         }
         if (i == G - 1) { /* on its own in word 9 */
             int best = 0;
-            for (int k = 1; k < 8; k++) best = d[k] < d[best] ? k : best;
+            for (int k = 1; k < 8; k++) { best = d[k] < d[best] ? k : best; }
             v[i] = (uint8_t)best;
             return;
         }
@@ -231,56 +136,19 @@ static void assign_p2_5(const float * x, const float * w, float g, uint8_t * v) 
 }
 
 /* A P2_75 byte is four bit pairs a b c d and its windows are ab, bc, cd: for given b and c, a and d are free. */
-CCQ_WIDE static void scan_p2_75(const float * restrict x, const float * restrict w, const float * restrict g,
-                                float * restrict err) {
-    float level[16][LANES], total[LANES] = {0};
-    for (int v = 0; v < 16; v++)
-        for (int l = 0; l < LANES; l++) level[v][l] = (float)(v - CCQ_P2_75_ZERO_POINT) * g[l];
-    for (int i = 0; i < G - 1; i += 3) {
-        float first[4][LANES], last[4][LANES], best[LANES];
-        for (int k = 0; k < 4; k++)
-            for (int l = 0; l < LANES; l++) {
-                float m = FLT_MAX, n = FLT_MAX;
-                for (int j = 0; j < 4; j++) {
-                    const float t = x[i] - level[4 * j + k][l], u = x[i + 2] - level[4 * k + j][l];
-                    m = t * t < m ? t * t : m;
-                    n = u * u < n ? u * u : n;
-                }
-                first[k][l] = w[i] * m;
-                last[k][l] = w[i + 2] * n;
-            }
-        for (int l = 0; l < LANES; l++) best[l] = FLT_MAX;
-        for (int b = 0; b < 4; b++)
-            for (int c = 0; c < 4; c++)
-                for (int l = 0; l < LANES; l++) {
-                    const float t = x[i + 1] - level[4 * b + c][l];
-                    const float e = first[b][l] + w[i + 1] * (t * t) + last[c][l];
-                    best[l] = e < best[l] ? e : best[l];
-                }
-        for (int l = 0; l < LANES; l++) total[l] += best[l];
-    }
-    for (int l = 0; l < LANES; l++) {
-        float best = FLT_MAX;
-        for (int v = 0; v < 16; v++) {
-            const float t = x[G - 1] - level[v][l];
-            best = t * t < best ? t * t : best;
-        }
-        err[l] = total[l] + w[G - 1] * best;
-    }
-}
-
 static void assign_p2_75(const float * x, const float * w, float g, uint8_t * v) {
     for (int i = 0; i < G; i += 3) {
         float d[3][16];
         int last_weight = i == G - 1, a[4], e[4];
-        for (int j = 0; j < (last_weight ? 1 : 3); j++)
+        for (int j = 0; j < (last_weight ? 1 : 3); j++) {
             for (int k = 0; k < 16; k++) {
                 const float t = x[i + j] - (float)(k - CCQ_P2_75_ZERO_POINT) * g;
                 d[j][k] = t * t;
             }
+        }
         if (last_weight) {
             int best = 0;
-            for (int k = 1; k < 16; k++) best = d[0][k] < d[0][best] ? k : best;
+            for (int k = 1; k < 16; k++) { best = d[0][k] < d[0][best] ? k : best; }
             v[i] = (uint8_t)best;
             return;
         }
@@ -292,7 +160,7 @@ static void assign_p2_75(const float * x, const float * w, float g, uint8_t * v)
             }
         }
         float best = INFINITY;
-        for (int b = 0; b < 4; b++)
+        for (int b = 0; b < 4; b++) {
             for (int c = 0; c < 4; c++) {
                 const float s = w[i] * d[0][4 * a[b] + b] + w[i + 1] * d[1][4 * b + c] + w[i + 2] * d[2][4 * c + e[c]];
                 if (s < best) {
@@ -302,22 +170,16 @@ static void assign_p2_75(const float * x, const float * w, float g, uint8_t * v)
                     v[i + 2] = (uint8_t)(4 * c + e[c]);
                 }
             }
+        }
     }
 }
-
-/* Scales of a block: group g decodes with sign * local[g] * super. */
-typedef struct {
-    float super;
-    float sign;
-    int local[MAX_GROUPS];
-    double error; /* of the whole block, codes being the best for these scales */
-} scales;
 
 static void group_scan(const word_code * code, const unit_block * b, int group, const float * g, float * err) {
     code->scan(b->x + group * G, b->w + group * G, g, err);
     const float limit = b->cap / (float)code->zero_point;
-    for (int l = 0; l < LANES; l++)
-        if (!(fabsf(g[l]) <= limit)) err[l] = INFINITY;
+    for (int l = 0; l < LANES; l++) {
+        if (!(fabsf(g[l]) <= limit)) { err[l] = INFINITY; }
+    }
 }
 
 /* Best real |scale| of one group: a geometric grid that covers everything from "clip at 0.6 rms" to "the largest weight
@@ -325,19 +187,21 @@ static void group_scan(const word_code * code, const unit_block * b, int group, 
 static float best_real_scale(const word_code * code, const unit_block * b, int group, float sign, double * error) {
     const float step = 1.065f, z = (float)code->zero_point, rms = b->rms[group], fits = b->peak[group] / (z - 1);
     float hi = 6 * rms / z, best = 0, g[LANES], err[LANES];
-    if (fits > hi) hi = fits < 64 * rms ? fits : 64 * rms;
+    if (fits > hi) { hi = fits < 64 * rms ? fits : 64 * rms; }
     *error = b->zero[group];
     for (float at = 0.6f * rms / z; at > 0 && at <= hi;) {
-        for (int l = 0; l < LANES; l++, at *= step) g[l] = sign * at;
+        for (int l = 0; l < LANES; l++, at *= step) { g[l] = sign * at; }
         group_scan(code, b, group, g, err);
-        for (int l = 0; l < LANES; l++)
-            if ((double)err[l] < *error) *error = (double)err[l], best = fabsf(g[l]);
+        for (int l = 0; l < LANES; l++) {
+            if ((double)err[l] < *error) { *error = (double)err[l], best = fabsf(g[l]); }
+        }
     }
     const float centre = best;
-    for (int l = 0; l < LANES; l++) g[l] = sign * centre * (1 + 0.13f * ((float)l - 7.5f) / LANES);
-    if (best > 0) group_scan(code, b, group, g, err);
-    for (int l = 0; l < LANES && centre > 0; l++)
-        if ((double)err[l] < *error) *error = (double)err[l], best = fabsf(g[l]);
+    for (int l = 0; l < LANES; l++) { g[l] = sign * centre * (1 + 0.13f * ((float)l - 7.5f) / LANES); }
+    if (best > 0) { group_scan(code, b, group, g, err); }
+    for (int l = 0; l < LANES && centre > 0; l++) {
+        if ((double)err[l] < *error) { *error = (double)err[l], best = fabsf(g[l]); }
+    }
     return best;
 }
 
@@ -346,38 +210,41 @@ static float best_real_scale(const word_code * code, const unit_block * b, int g
 static void try_supers(const word_code * code, const unit_block * b, float sign, int n, const float * super, int width,
                        int first[][MAX_GROUPS], scales * best) {
     scales now[LANES];
-    for (int k = 0; k < n; k++) now[k].super = super[k], now[k].sign = sign, now[k].error = 0;
+    for (int k = 0; k < n; k++) { now[k].super = super[k], now[k].sign = sign, now[k].error = 0; }
     for (int group = 0; group < code->groups; group++) {
         float g[LANES] = {0}, err[LANES];
-        for (int k = 0; k < n; k++)
+        for (int k = 0; k < n; k++) {
             for (int j = 0; j < width; j++) {
                 const int local = first[k][group] + j;
                 const int kept = local < 1 ? 1 : local > code->max_local ? code->max_local : local;
                 g[k * width + j] = sign * ((float)kept * super[k]);
             }
+        }
         group_scan(code, b, group, g, err);
         for (int k = 0; k < n; k++) {
             double least = b->zero[group];
             int local = 0;
-            for (int j = 0; j < width; j++)
+            for (int j = 0; j < width; j++) {
                 if ((double)err[k * width + j] < least) {
                     const int at = first[k][group] + j;
                     least = (double)err[k * width + j];
                     local = at < 1 ? 1 : at > code->max_local ? code->max_local : at;
                 }
+            }
             now[k].local[group] = local;
             now[k].error += least;
         }
     }
-    for (int k = 0; k < n; k++)
-        if (now[k].error < best->error) *best = now[k];
+    for (int k = 0; k < n; k++) {
+        if (now[k].error < best->error) { *best = now[k]; }
+    }
 }
 
 /* sum w x i and sum w i^2 of one group's codes at the scales' sign */
 static void code_moments(const word_code * code, const unit_block * b, int group, const scales * s, double * xi,
                          double * ii) {
     uint8_t v[G];
-    const float * x = b->x + group * G, * w = b->w + group * G;
+    const float *x = b->x + group * G, *w = b->w + group * G;
     code->assign(x, w, s->sign * ((float)s->local[group] * s->super), v);
     *xi = *ii = 0;
     for (int i = 0; i < G; i++) {
@@ -404,9 +271,10 @@ static void search_coarse_locals(const word_code * code, const unit_block * b, s
         for (int k = 0; k < TRIES; k++, at *= 1.0298f) {
             const float s = bf16_step(at > b->min_super ? at : b->min_super, 0);
             super[k % AT_ONCE] = s;
-            for (int g = 0; g < code->groups; g++)
+            for (int g = 0; g < code->groups; g++) {
                 first[k % AT_ONCE][g] = nearest_local(real[g] - 0.5f * s, s, code->max_local) - 1;
-            if (k % AT_ONCE == AT_ONCE - 1) try_supers(code, b, sign, AT_ONCE, super, WIDTH, first, best);
+            }
+            if (k % AT_ONCE == AT_ONCE - 1) { try_supers(code, b, sign, AT_ONCE, super, WIDTH, first, best); }
         }
     }
     for (int round = 0; round < 4; round++) {
@@ -414,25 +282,25 @@ static void search_coarse_locals(const word_code * code, const unit_block * b, s
         double num = 0, den = 0;
         for (int g = 0; g < code->groups; g++) {
             double xi, ii;
-            if (!best->local[g]) continue;
+            if (!best->local[g]) { continue; }
             code_moments(code, b, g, best, &xi, &ii);
             num += best->local[g] * xi;
             den += (double)best->local[g] * best->local[g] * ii;
         }
-        if (!(num > 0)) break;
+        if (!(num > 0)) { break; }
         float super[5];
         int first[LANES][MAX_GROUPS];
         const float fit = (float)(num / den);
         for (int k = 0; k < 5; k++) {
             super[k] = bf16_step(fit > 2 * b->min_super ? fit : 2 * b->min_super, k - 2);
-            for (int g = 0; g < code->groups; g++) first[k][g] = best->local[g] - 1;
+            for (int g = 0; g < code->groups; g++) { first[k][g] = best->local[g] - 1; }
         }
         try_supers(code, b, best->sign, 5, super, 3, first, best);
-        if (!(best->error < before)) break;
+        if (!(best->error < before)) { break; }
     }
     if (best->super > 0) { /* no other local scale is better with this super scale: a far one may be */
         int first[LANES][MAX_GROUPS];
-        for (int g = 0; g < code->groups; g++) first[0][g] = 1;
+        for (int g = 0; g < code->groups; g++) { first[0][g] = 1; }
         const float super = best->super;
         try_supers(code, b, best->sign, 1, &super, LANES, first, best);
     }
@@ -443,115 +311,107 @@ static void search_coarse_locals(const word_code * code, const unit_block * b, s
 static void search_fine_locals(const word_code * code, const unit_block * b, scales * best) {
     float real[2][MAX_GROUPS], top[2] = {0, 0};
     double sum[2] = {0, 0};
-    for (int minus = 0; minus < 2; minus++)
+    for (int minus = 0; minus < 2; minus++) {
         for (int g = 0; g < code->groups; g++) {
             double error;
             real[minus][g] = best_real_scale(code, b, g, minus ? -1.0f : 1.0f, &error);
             top[minus] = real[minus][g] > top[minus] ? real[minus][g] : top[minus];
             sum[minus] += error;
         }
+    }
     const int minus = sum[1] < sum[0];
     const float least = top[minus] * 1.005f / (float)code->max_local; /* room for the steps around the real scale */
     int first[LANES][MAX_GROUPS];
     scales now = {.sign = minus ? -1.0f : 1.0f};
     now.super = bf16_step(least > b->min_super ? least : b->min_super, least > b->min_super);
-    for (int g = 0; g < code->groups; g++) first[0][g] = nearest_local(real[minus][g], now.super, code->max_local) - 7;
+    for (int g = 0; g < code->groups; g++) {
+        first[0][g] = nearest_local(real[minus][g], now.super, code->max_local) - 7;
+    }
     try_supers(code, b, now.sign, 1, &now.super, LANES, first, best);
     for (int round = 0; round < 3; round++) {
         const double before = best->error;
         for (int g = 0; g < code->groups; g++) {
             double xi, ii;
             first[0][g] = best->local[g] - 7;
-            if (!best->local[g]) continue;
+            if (!best->local[g]) { continue; }
             code_moments(code, b, g, best, &xi, &ii);
             first[0][g] = (ii > 0 ? nearest_local((float)(xi / ii), now.super, code->max_local) : 0) - 7;
         }
         try_supers(code, b, now.sign, 1, &now.super, LANES, first, best);
-        if (!(best->error < before)) return;
+        if (!(best->error < before)) { return; }
     }
 }
 
 /* Window values of every group; groups at scale zero decode to +0 (their ints have the sign of the super scale). */
 static void assign_block(const word_code * code, const unit_block * b, const scales * s, uint8_t * v) {
-    for (int g = 0; g < code->groups; g++)
-        if (s->local[g])
+    for (int g = 0; g < code->groups; g++) {
+        if (s->local[g]) {
             code->assign(b->x + g * G, b->w + g * G, s->sign * ((float)s->local[g] * s->super), v + g * G);
-        else
+        } else {
             memset(v + g * G, s->sign < 0 ? 0 : 2 * code->zero_point - 1, G);
+        }
+    }
 }
 
 static void start_scales(scales * s, const unit_block * b, int groups) {
     memset(s, 0, sizeof *s);
     s->sign = 1;
-    for (int g = 0; g < groups; g++) s->error += b->zero[g];
+    for (int g = 0; g < groups; g++) { s->error += b->zero[g]; }
 }
 
-static void encode_p2_5(const float * x, const float * importance, uint8_t * block) {
-    static const word_code code = {CCQ_P2_5_GROUPS, (1 << CCQ_P2_5_SCALE_BITS) - 1, CCQ_P2_5_ZERO_POINT, scan_p2_5,
-                                   assign_p2_5};
-    static const int shifts[] = CCQ_P2_5_SHIFTS;
+/* The weights of a group but the last go to words by sevens or threes; the last one lies with the local scale. */
+static void write_group(const word_code * code, const uint8_t * v, int local, uint8_t * out) {
+    for (int at = 0; at < G - 1; at += code->word_weights, out += code->word_bytes) {
+        uint32_t bits = 0;
+        for (int j = 0; j < code->word_weights; j++) { bits |= (uint32_t)v[at + j] << code->shifts[j]; }
+        put_word(out, bits, code->word_bytes);
+    }
+    put_word(out, (uint32_t)v[G - 1] << code->scale_bits | (uint32_t)local, code->word_bytes);
+}
+
+static void encode_words(const word_code * code, const ccq_kernels * kernels, const float * x, const float * importance,
+                         uint8_t * block) {
     unit_block b;
     scales s = {0};
-    uint8_t v[CCQ_P2_5_BLOCK_WEIGHTS];
-    memset(v, 7, sizeof v);
-    if (unit_block_init(&b, CCQ_P2_5_BLOCK_WEIGHTS, x, importance)) {
-        start_scales(&s, &b, code.groups);
-        search_fine_locals(&code, &b, &s);
-        assign_block(&code, &b, &s, v);
+    uint8_t v[MAX_WEIGHTS];
+    memset(v, 2 * code->zero_point - 1, sizeof v);
+    if (ccq_unit_block_init(&b, kernels, code->groups * G, x, importance)) {
+        start_scales(&s, &b, code->groups);
+        code->search(code, &b, &s);
+        assign_block(code, &b, &s, v);
         put_super(block, s.sign * s.super, b.exponent);
     } else {
         put_u16(block, 0);
     }
-    uint8_t * out = block + offsetof(ccq_p2_5_block, codes);
-    for (int g = 0; g < code.groups; g++) {
-        for (int word = 0; word < 9; word++, out += 2) {
-            uint32_t bits = 0;
-            for (int j = 0; j < CCQ_P2_5_WORD_WEIGHTS; j++) bits |= (uint32_t)v[g * G + word * 7 + j] << shifts[j];
-            put_u16(out, bits);
-        }
-        put_u16(out, (uint32_t)v[g * G + G - 1] << CCQ_P2_5_SCALE_BITS | (uint32_t)s.local[g]);
-        out += 2;
+    const int group_bytes = ((G - 1) / code->word_weights + 1) * code->word_bytes;
+    for (int g = 0; g < code->groups; g++) {
+        write_group(code, v + g * G, s.local[g], block + code->codes + g * group_bytes);
     }
 }
 
-static void encode_p2_75(const float * x, const float * importance, uint8_t * block) {
-    static const word_code code = {CCQ_P2_75_GROUPS, (1 << CCQ_P2_75_SCALE_BITS) - 1, CCQ_P2_75_ZERO_POINT, scan_p2_75,
-                                   assign_p2_75};
-    static const int shifts[] = CCQ_P2_75_SHIFTS;
-    unit_block b;
-    scales s = {0};
-    uint8_t v[CCQ_P2_75_BLOCK_WEIGHTS];
-    memset(v, 15, sizeof v);
-    if (unit_block_init(&b, CCQ_P2_75_BLOCK_WEIGHTS, x, importance)) {
-        start_scales(&s, &b, code.groups);
-        search_coarse_locals(&code, &b, &s);
-        assign_block(&code, &b, &s, v);
-        put_super(block, s.sign * s.super, b.exponent);
-    } else {
-        put_u16(block, 0);
-    }
-    uint8_t * out = block + offsetof(ccq_p2_75_block, codes);
-    for (int g = 0; g < code.groups; g++) {
-        for (int word = 0; word < 21; word++) {
-            uint32_t bits = 0;
-            for (int j = 0; j < CCQ_P2_75_WORD_WEIGHTS; j++) bits |= (uint32_t)v[g * G + word * 3 + j] << shifts[j];
-            *out++ = (uint8_t)bits;
-        }
-        *out++ = (uint8_t)(v[g * G + G - 1] << CCQ_P2_75_SCALE_BITS | s.local[g]);
-    }
-}
+#define WORD_CODE(STEM, stem, how)                                                                                     \
+    (&(const word_code){.groups = CCQ_##STEM##_GROUPS,                                                                 \
+                        .max_local = (1 << CCQ_##STEM##_SCALE_BITS) - 1,                                               \
+                        .zero_point = CCQ_##STEM##_ZERO_POINT,                                                         \
+                        .scan = kernels->scan_##stem,                                                                  \
+                        .assign = assign_##stem,                                                                       \
+                        .word_bytes = CCQ_##STEM##_WORD_BITS / 8,                                                      \
+                        .word_weights = CCQ_##STEM##_WORD_WEIGHTS,                                                     \
+                        .shifts = CCQ_##STEM##_SHIFTS,                                                                 \
+                        .scale_bits = CCQ_##STEM##_SCALE_BITS,                                                         \
+                        .codes = offsetof(ccq_##stem##_block, codes),                                                  \
+                        .search = how})
 
-#include "encode_p2.inl"
-
-/* --- entry --- */
-
-ccq_status ccq_encode_paper_block(const ccq_type_info * type, const float * x, const float * importance_or_null,
-                                  uint8_t * block) {
-    if (!type || !x || !block) return CCQ_ERR_ARGUMENT;
+ccq_status ccq_encode_paper_block(const ccq_kernels * kernels, const ccq_type_info * type, const float * x,
+                                  const float * importance_or_null, uint8_t * block) {
     switch (type->gguf_id) {
-    case CCQ_P2_ID: encode_p2(x, importance_or_null, block); return CCQ_OK;
-    case CCQ_P2_5_ID: encode_p2_5(x, importance_or_null, block); return CCQ_OK;
-    case CCQ_P2_75_ID: encode_p2_75(x, importance_or_null, block); return CCQ_OK;
+    case CCQ_P2_ID: ccq_encode_p2(kernels, x, importance_or_null, block); return CCQ_OK;
+    case CCQ_P2_5_ID:
+        encode_words(WORD_CODE(P2_5, p2_5, search_fine_locals), kernels, x, importance_or_null, block);
+        return CCQ_OK;
+    case CCQ_P2_75_ID:
+        encode_words(WORD_CODE(P2_75, p2_75, search_coarse_locals), kernels, x, importance_or_null, block);
+        return CCQ_OK;
     default: return CCQ_ERR_TYPE;
     }
 }

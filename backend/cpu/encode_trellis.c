@@ -92,15 +92,15 @@ typedef struct {
     ccq_coupled * coupled;
     const float * coupling; /* NULL: errors are independent */
     const float * x;
-    const float * w;                  /* NULL: all ones */
-    const int16_t * factor;           /* ccq_step_cost's; NULL: all CCQ_FACTOR_ONE */
-    float unit[CCQ_GROUP];            /* of its x, by the factors, */
-    float bound[CCQ_GROUP];           /* and the bound on that */
-    int16_t units[CCQ_GROUP];         /* ccq_step_cost's x for the pass under way */
-    double cost[SCALE_BYTES];         /* of the open pass, by scale byte; < 0: not run, INFINITY: closed since */
-    int32_t seam_state[SCALE_BYTES];  /* what that pass found at the seam */
-    uint16_t window[CCQ_GROUP];       /* the way traced last */
-    double best_error;                /* of best_window at best_byte; INFINITY: none yet */
+    const float * w;                 /* NULL: all ones */
+    const int16_t * factor;          /* ccq_step_cost's; NULL: all CCQ_FACTOR_ONE */
+    float unit[CCQ_GROUP];           /* of its x, by the factors, */
+    float bound[CCQ_GROUP];          /* and the bound on that */
+    int16_t units[CCQ_GROUP];        /* ccq_step_cost's x for the pass under way */
+    double cost[SCALE_BYTES];        /* of the open pass, by scale byte; < 0: not run, INFINITY: closed since */
+    int32_t seam_state[SCALE_BYTES]; /* what that pass found at the seam */
+    uint16_t window[CCQ_GROUP];      /* the way traced last */
+    double best_error;               /* of best_window at best_byte; INFINITY: none yet */
     int32_t best_byte;
     uint16_t best_window[CCQ_GROUP];
 } search;
@@ -222,10 +222,10 @@ static double byte_axis(double value) {
 }
 
 /* Where the best scale lies on that axis: a little above where the levels would have the weights' rms, more for heavy
- * tails and for higher rates, where saturation costs more.  Fitted to the best scales of Gaussian, Laplace and Student-t
- * blocks, which scatter around it with a standard deviation of 1 (closing the cycle costs more at some scales than at
- * others).  With importances, moments weighted with their roots predict best.  The bytes of a file depend on this: only
- * operations that are rounded alike everywhere. */
+ * tails and for higher rates, where saturation costs more.  Fitted to the best scales of Gaussian, Laplace and
+ * Student-t blocks, which scatter around it with a standard deviation of 1 (closing the cycle costs more at some scales
+ * than at others).  With importances, moments weighted with their roots predict best.  The bytes of a file depend on
+ * this: only operations that are rounded alike everywhere. */
 static double likely_scale(const search * s) {
     static const struct {
         double offset, slope; /* by the tail: how far the root of the fourth moment is above the second's */
@@ -260,12 +260,12 @@ typedef struct {
 } plan;
 
 static const plan PLANS[] = {
-    [CCQ_EFFORT_DEFAULT] = {.open = 3, .climb = 1, .close = 4, .again = 2, .seams = 1, .given = 4, .coupled = 4,
-                            .keep = 48},
-    [CCQ_EFFORT_FAST] = {.open = 2, .climb = 0, .close = 2, .again = 0, .seams = 0, .given = 2, .coupled = 2,
-                         .keep = 32},
-    [CCQ_EFFORT_BEST] = {.open = 6, .climb = 1, .close = 8, .again = 8, .seams = 3, .given = 8, .coupled = 8,
-                         .keep = 128}};
+    [CCQ_EFFORT_DEFAULT] =
+        {.open = 3, .climb = 1, .close = 4, .again = 2, .seams = 1, .given = 4, .coupled = 4, .keep = 48},
+    [CCQ_EFFORT_FAST] =
+        {.open = 2, .climb = 0, .close = 2, .again = 0, .seams = 0, .given = 2, .coupled = 2, .keep = 32},
+    [CCQ_EFFORT_BEST] = {
+        .open = 6, .climb = 1, .close = 8, .again = 8, .seams = 3, .given = 8, .coupled = 8, .keep = 128}};
 
 static const int SEAMS[8] = {0, 32, 16, 48, 8, 40, 24, 56};
 
@@ -345,7 +345,6 @@ static double coupled_error(const search * s, const uint16_t * window, float sca
     }
     return sum;
 }
-
 
 /* The coupling for the kernel, which keeps it from block to block. */
 static void set_rows(ccq_coupled * c, const float * coupling) {
@@ -434,9 +433,7 @@ static void set_factors(const float * w, int16_t * factor) {
     double mean = INFINITY;
     for (int round = 0; round < 4; round++) {
         double sum = 0;
-        for (int t = 0; t < CCQ_GROUP; t++) {
-            sum += (double)w[t] < 16 * mean ? (double)w[t] : 16 * mean;
-        }
+        for (int t = 0; t < CCQ_GROUP; t++) { sum += (double)w[t] < 16 * mean ? (double)w[t] : 16 * mean; }
         mean = sum / CCQ_GROUP;
     }
     for (int t = 0; t < CCQ_GROUP; t++) {

@@ -29,6 +29,13 @@ typedef struct ccq_kernels {
      * generic/coupled.inl. */
     void (*coupled)(ccq_coupled * coupled, const int16_t * x, const int16_t * factor, int32_t keep, int32_t state,
                     uint16_t * window);
+
+    /* err[l] is the least weighted squared error of a group of 64 at scale g[l], l < CCQ_PAPER_LANES. */
+    void (*scan_p2_5)(const float * x, const float * w, const float * g, float * err);
+    void (*scan_p2_75)(const float * x, const float * w, const float * g, float * err);
+    /* The sum of the least errors of a group's words at scale g > 0, given the ints of every byte; and the bytes. */
+    double (*scan_p2)(const ccq_p2_words * words, float ints[4][CCQ_P2_STATES], float g);
+    double (*scan_p2_codes)(const ccq_p2_words * words, float ints[4][CCQ_P2_STATES], float g, uint8_t * code);
 } ccq_kernels;
 
 extern const ccq_kernels ccq_kernels_scalar;
@@ -37,6 +44,9 @@ extern const ccq_kernels ccq_kernels_avx_vnni;
 extern const ccq_kernels ccq_kernels_avx512;
 extern const ccq_kernels ccq_kernels_avx512_vbmi;
 extern const ccq_kernels ccq_kernels_amx;
+extern const ccq_kernels ccq_kernels_neon;
+extern const ccq_kernels ccq_kernels_neon_dotprod;
+extern const ccq_kernels ccq_kernels_neon_i8mm;
 
 /* The set in use; CCQ_ERR_ISA_* if there is none. */
 ccq_status ccq_active_kernels(const ccq_kernels ** kernels);

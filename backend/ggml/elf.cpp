@@ -50,7 +50,9 @@ std::vector<Object> list_objects(const void * address) {
 
 } // namespace
 
-Library::Library(Library && other) noexcept { *this = std::move(other); }
+Library::Library(Library && other) noexcept {
+    *this = std::move(other);
+}
 
 Library & Library::operator=(Library && other) noexcept {
     std::swap(handle_, other.handle_);
@@ -90,7 +92,9 @@ Library Library::of(const void * address) {
     return library;
 }
 
-void * Library::symbol(const char * name) const { return handle_ ? dlsym(handle_, name) : nullptr; }
+void * Library::symbol(const char * name) const {
+    return handle_ ? dlsym(handle_, name) : nullptr;
+}
 
 bool Library::contains(const void * address) const {
     for (const Object & object : list_objects(address)) {
@@ -112,6 +116,8 @@ void for_each_library(const std::function<void(const Library &)> & visit) {
     }
 }
 
-std::string base_name(const std::string & path) { return path.substr(path.rfind('/') + 1); }
+std::string base_name(const std::string & path) {
+    return path.substr(path.rfind('/') + 1);
+}
 
 } // namespace ccq

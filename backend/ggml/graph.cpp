@@ -14,23 +14,19 @@ bool is_own_node(const Host & host, const abi::tensor & node) {
         return false;
     }
     switch (host.classify(node.op)) {
-    case OpClass::MulMat:
-        return x->type == abi::kTypeF32;
+    case OpClass::MulMat: return x->type == abi::kTypeF32;
     case OpClass::MulMatId:
         return x->type == abi::kTypeF32 && node.src[2] && node.src[2]->type == abi::kTypeI32 &&
                node.nb[2] % node.nb[1] == 0;
-    case OpClass::GetRows:
-        return x->type == abi::kTypeI32;
-    default:
-        return false;
+    case OpClass::GetRows: return x->type == abi::kTypeI32;
+    default: return false;
     }
 }
 
 // Keyed by memory and shape rather than by tensor: the experts' matrices see a reshaped view of what q, k, v saw.
 bool GraphCopy::Prepared::serves(const abi::tensor & wanted, int32_t wanted_flags, int64_t wanted_experts) const {
     return tensor && tensor->data == wanted.data && flags == wanted_flags && experts == wanted_experts &&
-           memcmp(tensor->ne, wanted.ne, sizeof wanted.ne) == 0 &&
-           memcmp(tensor->nb, wanted.nb, sizeof wanted.nb) == 0;
+           memcmp(tensor->ne, wanted.ne, sizeof wanted.ne) == 0 && memcmp(tensor->nb, wanted.nb, sizeof wanted.nb) == 0;
 }
 
 GraphCopy::Extent GraphCopy::extent_of(const abi::tensor & t) const {

@@ -67,7 +67,7 @@ void resolve(const void * caller, Host & host) {
     CCQ_HOST_FUNCTIONS(X)
 #undef X
     void * version = registry.symbol("ggml_version");
-    host.version = version ? reinterpret_cast<const char * (*) ()>(version)() : "of unknown version";
+    host.version = version ? reinterpret_cast<const char * (*)()>(version)() : "of unknown version";
 
     // The CPU backend may be a library of its own that nothing links to: its device leads to it.
     require(host.cpu->reg == reg, "struct ggml_backend_device");
@@ -97,10 +97,21 @@ struct KnownType {
 
 // Rows around the seven that are filled; the last one lies beyond them.
 constexpr KnownType kKnownTypes[] = {
-    {abi::kTypeF32, "f32", 1, 4}, {1, "f16", 1, 2},        {2, "q4_0", 32, 18},           {3, "q4_1", 32, 20},
-    {6, "q5_0", 32, 22},          {7, "q5_1", 32, 24},     {abi::kTypeQ8_0, "q8_0", 32, 34}, {10, "q2_K", 256, 84},
-    {14, "q6_K", 256, 210},       {20, "iq4_nl", 32, 18},  {abi::kTypeI32, "i32", 1, 4},  {30, "bf16", 1, 2},
-    {34, "tq1_0", 256, 54},       {35, "tq2_0", 256, 66},  {39, "mxfp4", 32, 17},
+    {abi::kTypeF32, "f32", 1, 4},
+    {1, "f16", 1, 2},
+    {2, "q4_0", 32, 18},
+    {3, "q4_1", 32, 20},
+    {6, "q5_0", 32, 22},
+    {7, "q5_1", 32, 24},
+    {abi::kTypeQ8_0, "q8_0", 32, 34},
+    {10, "q2_K", 256, 84},
+    {14, "q6_K", 256, 210},
+    {20, "iq4_nl", 32, 18},
+    {abi::kTypeI32, "i32", 1, 4},
+    {30, "bf16", 1, 2},
+    {34, "tq1_0", 256, 54},
+    {35, "tq2_0", 256, 66},
+    {39, "mxfp4", 32, 17},
 };
 
 void check_type_tables(const Host & host) {
@@ -180,8 +191,8 @@ void check_tensor(Host & host, abi::context * ctx) {
     const abi::tensor * custom = host.custom_4d(ctx, abi::kTypeF32, 1, 1, 1, 1, args, 1, no_op, abi::kAllTasks, &tag);
     abi::custom_op_params params;
     memcpy(&params, custom->op_params, sizeof params);
-    require(params.fun == no_op && params.n_tasks == abi::kAllTasks && params.userdata == &tag &&
-                custom->src[0] == t && strcmp(host.op_name(custom->op), "CUSTOM") == 0,
+    require(params.fun == no_op && params.n_tasks == abi::kAllTasks && params.userdata == &tag && custom->src[0] == t &&
+                strcmp(host.op_name(custom->op), "CUSTOM") == 0,
             "CUSTOM");
     host.op_custom = custom->op;
 }
@@ -265,6 +276,8 @@ void find_host(const void * caller, Host & host) {
     check_device(host);
 }
 
-const void * global_registry() { return dlsym(RTLD_DEFAULT, "ggml_backend_load"); }
+const void * global_registry() {
+    return dlsym(RTLD_DEFAULT, "ggml_backend_load");
+}
 
 } // namespace ccq

@@ -36,8 +36,7 @@ enum class OpClass : uint8_t { Unknown, Other, View, Copy, ForeignCustom, MulMat
     X(size_t, tensor_overhead, ggml_tensor_overhead, ())                                                               \
     X(abi::context *, init, ggml_init, (abi::init_params))                                                             \
     X(void, free, ggml_free, (abi::context *))                                                                         \
-    X(abi::tensor *, new_tensor_4d, ggml_new_tensor_4d,                                                                \
-      (abi::context *, int32_t, int64_t, int64_t, int64_t, int64_t))                                                   \
+    X(abi::tensor *, new_tensor_4d, ggml_new_tensor_4d, (abi::context *, int32_t, int64_t, int64_t, int64_t, int64_t)) \
     X(abi::tensor *, set_name, ggml_set_name, (abi::tensor *, const char *))                                           \
     X(void, set_output, ggml_set_output, (abi::tensor *))                                                              \
     X(abi::tensor *, view_1d, ggml_view_1d, (abi::context *, abi::tensor *, int64_t, size_t))                          \
@@ -45,7 +44,8 @@ enum class OpClass : uint8_t { Unknown, Other, View, Copy, ForeignCustom, MulMat
     X(abi::tensor *, mul_mat_id, ggml_mul_mat_id, (abi::context *, abi::tensor *, abi::tensor *, abi::tensor *))       \
     X(abi::tensor *, get_rows, ggml_get_rows, (abi::context *, abi::tensor *, abi::tensor *))                          \
     X(abi::tensor *, custom_4d, ggml_custom_4d,                                                                        \
-      (abi::context *, int32_t, int64_t, int64_t, int64_t, int64_t, abi::tensor **, int, abi::custom_op_t, int, void *)) \
+      (abi::context *, int32_t, int64_t, int64_t, int64_t, int64_t, abi::tensor **, int, abi::custom_op_t, int,        \
+       void *))                                                                                                        \
     X(abi::cgraph *, new_graph_custom, ggml_new_graph_custom, (abi::context *, size_t, bool))                          \
     X(size_t, graph_overhead_custom, ggml_graph_overhead_custom, (size_t, bool))                                       \
     X(void, graph_add_node, ggml_graph_add_node, (abi::cgraph *, abi::tensor *))                                       \

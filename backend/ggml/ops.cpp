@@ -22,11 +22,11 @@ Range share(int64_t n, int ith, int nth, int64_t grain) {
 }
 
 // Rows of a matrix are handed out in chunks, so that a thread whose core is busy with something else does less: about
-// eight for each thread, in multiples of what the kernels take at once.
+// four for each thread, in multiples of what the kernels take at once.
 constexpr int64_t kChunkRows = 64;
 
 int64_t chunk_rows(int64_t n_rows, int nth) {
-    const int64_t even = nth == 1 ? n_rows : (n_rows + 8 * nth - 1) / (8 * nth);
+    const int64_t even = nth == 1 ? n_rows : (n_rows + 4 * nth - 1) / (4 * nth);
     return std::max(kChunkRows, (even + kChunkRows - 1) / kChunkRows * kChunkRows);
 }
 
@@ -203,7 +203,8 @@ void run_mul_mat(abi::tensor * dst, int ith, int nth, void * userdata) {
         for (int64_t i3 = 0; i3 < x.ne[3]; i3++) {
             for (int64_t i2 = 0; i2 < x.ne[2]; i2 += merge) {
                 ccq_product p = product_of(task, *dst, at<char>(w, 0, 0, i2 / r2, i3 / r3), rows, ith);
-                p.act = static_cast<const char *>(p.act) + static_cast<size_t>((i3 * x.ne[2] + i2) * x.ne[1]) * row_bytes;
+                p.act =
+                    static_cast<const char *>(p.act) + static_cast<size_t>((i3 * x.ne[2] + i2) * x.ne[1]) * row_bytes;
                 p.n_cols = x.ne[1] * merge;
                 p.out = at<float>(*dst, rows.begin, 0, i2, i3);
                 check(*task.ws, ccq_mul_mat(task.type->id, &p));

@@ -31,11 +31,11 @@ class Scratch {
 // What the nodes of one graph share.  Filled by the node that runs first (prepare), read by those behind it; ggml's
 // barrier between nodes orders the two.
 struct Workspace {
-    Scratch act;       // src1 of the node under way, quantized: rows of act_bytes, in the order of its dims 1, 2, 3
-    Scratch work;      // the kernels' working memory: work_bytes for each thread
+    Scratch act;  // src1 of the node under way, quantized: rows of act_bytes, in the order of its dims 1, 2, 3
+    Scratch work; // the kernels' working memory: work_bytes for each thread
     size_t work_bytes = 0;
-    // MUL_MAT_ID: pairs (token * slots + slot) by expert, those of expert e from first[e] to first[e + 1]; with the rows
-    // of act and of dst that belong to them; and the experts that have any
+    // MUL_MAT_ID: pairs (token * slots + slot) by expert, those of expert e from first[e] to first[e + 1]; with the
+    // rows of act and of dst that belong to them; and the experts that have any
     std::vector<int32_t> first, pairs, act_rows, out_rows, used;
     int64_t n_used = 0;
     std::atomic<const char *> failure{nullptr}; // the first thing that went wrong in this graph
@@ -45,10 +45,10 @@ struct Workspace {
 struct Task {
     Workspace * ws;
     const TypeRow * type;
-    const abi::tensor * w;   // src[0]: the weights
-    const abi::tensor * x;   // src[1]: activations, or GET_ROWS' row numbers
-    const abi::tensor * ids; // MUL_MAT_ID's experts
-    bool quantize, route, columns; // prepare: what of this is to be done
+    const abi::tensor * w;                 // src[0]: the weights
+    const abi::tensor * x;                 // src[1]: activations, or GET_ROWS' row numbers
+    const abi::tensor * ids;               // MUL_MAT_ID's experts
+    bool quantize, route, columns;         // prepare: what of this is to be done
     std::atomic<int64_t> * next = nullptr; // a product's next chunk of rows
 };
 

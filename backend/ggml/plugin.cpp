@@ -36,10 +36,18 @@ Plugin & plugin() {
     return *instance;
 }
 
-const char * reg_name(abi::reg *) { return "CCQ"; }
-size_t reg_device_count(abi::reg *) { return 0; } // ours is no device: the CPU's runs our types
-abi::device * reg_device(abi::reg *, size_t) { return nullptr; }
-void * reg_proc_address(abi::reg *, const char *) { return nullptr; }
+const char * reg_name(abi::reg *) {
+    return "CCQ";
+}
+size_t reg_device_count(abi::reg *) {
+    return 0;
+} // ours is no device: the CPU's runs our types
+abi::device * reg_device(abi::reg *, size_t) {
+    return nullptr;
+}
+void * reg_proc_address(abi::reg *, const char *) {
+    return nullptr;
+}
 
 void patch_tables(const Host & host, Patches & patches) {
     for (const TypeRow & type : kTypeRows) {
@@ -110,8 +118,7 @@ __attribute__((constructor)) void on_load() {
     if (!registry) {
         return;
     }
-    auto * dev_by_type =
-        reinterpret_cast<abi::device * (*) (int)>(dlsym(RTLD_DEFAULT, "ggml_backend_dev_by_type"));
+    auto * dev_by_type = reinterpret_cast<abi::device * (*)(int)>(dlsym(RTLD_DEFAULT, "ggml_backend_dev_by_type"));
     if (dev_by_type && dev_by_type(abi::kDeviceTypeCpu)) {
         start(registry);
         return;
@@ -127,7 +134,9 @@ __attribute__((constructor)) void on_load() {
 } // namespace ccq
 
 // Called by ggml_backend_load: the return address tells which of several mapped ggml copies that was.
-CCQ_EXPORT ccq::abi::reg * ggml_backend_init() { return ccq::start(__builtin_return_address(0)); }
+CCQ_EXPORT ccq::abi::reg * ggml_backend_init() {
+    return ccq::start(__builtin_return_address(0));
+}
 
 // Why the last attempt was refused; "" if it was not.  Valid until the next attempt.
 CCQ_EXPORT const char * ccq_plugin_error() {

@@ -24,7 +24,9 @@ constexpr int32_t kPicks[kMatrices * kPicked] = {4, 0, 1, 1, 3, 2};
 
 class Random {
   public:
-    uint32_t bits() { return static_cast<uint32_t>((state_ = state_ * 6364136223846793005u + 1442695040888963407u) >> 33); }
+    uint32_t bits() {
+        return static_cast<uint32_t>((state_ = state_ * 6364136223846793005u + 1442695040888963407u) >> 33);
+    }
 
   private:
     uint64_t state_ = 20250707145u;
@@ -44,8 +46,12 @@ void set_scales(ccq_p2_block & block) {
     memcpy(block.code_scale, &code_scale, sizeof code_scale);
     memcpy(block.code_zp, &code_zp, sizeof code_zp);
 }
-void set_scales(ccq_p2_5_block & block) { set_bf16(block.super_scale, 0x1p-14f); }
-void set_scales(ccq_p2_75_block & block) { set_bf16(block.super_scale, 0.0078125f); }
+void set_scales(ccq_p2_5_block & block) {
+    set_bf16(block.super_scale, 0x1p-14f);
+}
+void set_scales(ccq_p2_75_block & block) {
+    set_bf16(block.super_scale, 0.0078125f);
+}
 template <typename Block> void set_scales(Block & block) {
     block.scale = static_cast<uint8_t>((block.scale & 7) | 20 << 3); // (8 to 15) * 2^-10
 }

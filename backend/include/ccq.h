@@ -62,12 +62,12 @@ typedef enum ccq_effort {
 } ccq_effort;
 
 typedef struct ccq_encode_params {
-    int32_t n_threads;          /* <= 0: one per online CPU */
-    const float * importance;   /* weights of the squared error, >= 0; NULL: all ones */
-    int64_t importance_stride;  /* floats from one row's importance to the next; 0: all rows share n_cols values */
-    const float * scales;       /* T types only: fixes each block's scale (n_rows * n_cols / 64); NULL: searched */
-    int32_t effort;             /* a ccq_effort: how far the T types' encoder searches; P types have one way */
-    const float * coupling;     /* T types only: n_cols / 64 matrices of 64 x 64, see ccq_encode; NULL: none */
+    int32_t n_threads;         /* <= 0: one per online CPU */
+    const float * importance;  /* weights of the squared error, >= 0; NULL: all ones */
+    int64_t importance_stride; /* floats from one row's importance to the next; 0: all rows share n_cols values */
+    const float * scales;      /* T types only: fixes each block's scale (n_rows * n_cols / 64); NULL: searched */
+    int32_t effort;            /* a ccq_effort: how far the T types' encoder searches; P types have one way */
+    const float * coupling;    /* T types only: n_cols / 64 matrices of 64 x 64, see ccq_encode; NULL: none */
 } ccq_encode_params;
 
 /* Encode an n_rows x n_cols row-major matrix so that sum(importance * (w - decoded)^2) is small.  The bytes do not
@@ -98,18 +98,18 @@ ccq_status ccq_read_activations(const void * act, int64_t n, int16_t * q, float 
 /* A product: out(c)[r] = <row r, activations of column c>.  Column c's activations are row act_index[c] of `act`, its
  * results row out_index[c] of `out`; an index that is NULL means c itself. */
 typedef struct ccq_product {
-    int64_t n;             /* weights of a row */
-    const void * blocks;   /* n_rows rows, row_stride bytes apart */
+    int64_t n;           /* weights of a row */
+    const void * blocks; /* n_rows rows, row_stride bytes apart */
     int64_t row_stride;
     int64_t n_rows;
-    const void * act;      /* rows of ccq_act_bytes(n), 64-byte aligned, act_stride bytes apart */
+    const void * act; /* rows of ccq_act_bytes(n), 64-byte aligned, act_stride bytes apart */
     int64_t act_stride;
     const int32_t * act_index;
     int64_t n_cols;
-    float * out;           /* rows of at least n_rows floats, out_stride floats apart */
+    float * out; /* rows of at least n_rows floats, out_stride floats apart */
     int64_t out_stride;
     const int32_t * out_index;
-    void * work;           /* ccq_mul_mat_work bytes, 64-byte aligned, one area per thread */
+    void * work; /* ccq_mul_mat_work bytes, 64-byte aligned, one area per thread */
 } ccq_product;
 
 /* Bytes of working memory for products of n weights with up to n_cols columns. */

@@ -1,5 +1,5 @@
-/* Digests of what every kernel set computes alike, on fixed pseudo-random inputs, and a check of its products, which are
- * its own within a bound.
+/* Digests of what every kernel set computes alike, on fixed pseudo-random inputs, and a check of its products, which
+ * are its own within a bound.
  *
  *     kernel_digest [NAME...]
  *
@@ -12,8 +12,8 @@
  *     end <set> <number of digests>
  *     done <number of sets that failed>
  *
- * Inputs come from integer arithmetic alone, so they are the same on every machine.  As process 1 (the /init of an initramfs) the
- * program waits to be switched off when it is done. */
+ * Inputs come from integer arithmetic alone, so they are the same on every machine.  As process 1 (the /init of an
+ * initramfs) the program waits to be switched off when it is done. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -133,13 +133,20 @@ static _Alignas(64) uint8_t activations[COLS * MAX_ROW * 3];
 static _Alignas(64) uint8_t work[1 << 20];
 
 /* Products of the rows of `blocks`, decoded in `values`, with n_cols rows of activations, against sums in double: no
- * further apart than ACTIVATIONS.md says, and not finite where a weight or a scale is not. */
+ * further apart than ACTIVATIONS.md says, and not finite where a weight or a scale is NaN. */
 static void check_products(const ccq_type_info * type, int n, size_t row_bytes, size_t act_bytes, int n_cols) {
     size_t work_bytes;
     check(ccq_mul_mat_work(n, n_cols, &work_bytes));
-    const ccq_product product = {.n = n, .blocks = blocks, .row_stride = (int64_t)row_bytes, .n_rows = ROWS,
-                                 .act = activations, .act_stride = (int64_t)act_bytes, .n_cols = n_cols,
-                                 .out = products, .out_stride = ROWS, .work = work};
+    const ccq_product product = {.n = n,
+                                 .blocks = blocks,
+                                 .row_stride = (int64_t)row_bytes,
+                                 .n_rows = ROWS,
+                                 .act = activations,
+                                 .act_stride = (int64_t)act_bytes,
+                                 .n_cols = n_cols,
+                                 .out = products,
+                                 .out_stride = ROWS,
+                                 .work = work};
     if (work_bytes > sizeof work) { check(CCQ_ERR_MEMORY); }
     check(ccq_mul_mat(type->gguf_id, &product));
     int wrong = 0;
@@ -149,20 +156,23 @@ static void check_products(const ccq_type_info * type, int n, size_t row_bytes, 
         check(ccq_read_activations(activations + (size_t)c * act_bytes, n, q, d));
         for (int r = 0; r < ROWS; r++) {
             double sum = 0, size = 0;
+            int broken = 0;
             for (int i = 0; i < n; i++) {
                 const double term = (double)values[r * n + i] * ((double)d[i / CCQ_GROUP] * q[i]);
                 sum += term;
                 size += fabs(term);
+                broken |= isnan(values[r * n + i]) || isnan(d[i / CCQ_GROUP]);
             }
             const double got = products[c * ROWS + r], bound = size * (n / CCQ_GROUP + 8) * 0x1p-24 + 0x1p-119;
-            /* Sums may overflow on the way where they come near the largest float. */
-            if (!isfinite(size) ? isfinite(got) : size < 1e38 && !(fabs(got - sum) <= bound)) { wrong++; }
+            /* Sums may overflow on the way where they come near the largest float; weights may where products do not.
+             */
+            if (broken ? isfinite(got) : size < 1e38 && !(fabs(got - sum) <= bound)) { wrong++; }
         }
     }
     digest(type->name, "wrong_products", n / type->block_weights * 100 + n_cols, &wrong, sizeof wrong);
     if (wrong != 0) {
-        printf("error %s %d of %d products of %s with %d columns are wrong\n", set_name, wrong, ROWS * n_cols, type->name,
-               n_cols);
+        printf("error %s %d of %d products of %s with %d columns are wrong\n", set_name, wrong, ROWS * n_cols,
+               type->name, n_cols);
         fflush(stdout);
         _exit(1);
     }
@@ -275,7 +285,9 @@ int main(int argc, char ** argv) {
     int32_t supported;
     int failures = 0;
     printf("sets");
-    for (int32_t i = 0; (set_name = ccq_isa_name(i, &supported)) != NULL; i++) { printf(" %s=%d", set_name, supported); }
+    for (int32_t i = 0; (set_name = ccq_isa_name(i, &supported)) != NULL; i++) {
+        printf(" %s=%d", set_name, supported);
+    }
     printf("\n");
     for (int32_t i = 0; (set_name = ccq_isa_name(i, &supported)) != NULL; i++) {
         int wanted = supported && argc == 1;

@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
-"""Run every kernel set, also those that this CPU does not have, and compare all that they compute, bit for bit.
+"""Run every kernel set, also those that this CPU does not have, and compare what they compute alike, bit for bit.
 
-``kernel_digest.c`` is linked with the library's sources, compiled with the library's flags (its CMake target), and
-prints a digest per type and operation: decoding, levels, activations, products with 1, 3 and 32 columns, encoding
-(plain, with importance, with given scales) and all metrics of the Viterbi search.  It runs
+``kernel_digest.c`` is linked with the library's sources, compiled with the library's flags (its CMake target), checks
+products with up to 32 columns against their bound, and prints a digest per type and operation: decoding, encoding
+(plain, with importance, with coupled errors, with given scales) and all metrics of the Viterbi search.  It runs
 
-* **natively**: scalar, and every set that this CPU has (AVX2, perhaps AVX-512);
-* **AVX-512 in Bochs**, which emulates CPU models instruction by instruction: a Debian kernel boots from an ISO image
-  with the static program as its /init, output comes over the serial port.  The emulated CPU runs AVX2 too: if that
-  differs from the native run, the emulator is wrong and not the kernels;
-* **aarch64, scalar, in qemu-user**: another compiler back end, another libc, another default NaN.
+* **natively**: scalar, and every set that this CPU has (AVX2, perhaps more);
+* **AVX-512 in Bochs**, with and without VBMI and VNNI.  Bochs emulates CPU models instruction by instruction: a Debian
+  kernel boots from an ISO image with the static program as its /init, output comes over the serial port.  The emulated
+  CPU runs AVX2 too: if that differs from the native run, the emulator is wrong and not the kernels;
+* **aarch64 in qemu-user**, which emulates CPUs without dot products, with them, and with int8 matrix products: another
+  compiler back end, another libc, another default NaN.
 
-QEMU's TCG and valgrind are no help with AVX-512, they do not emulate it.  The check fails unless each place ran the
-sets it should, to the end, ``avx512`` under that name and from an object whose Viterbi steps use zmm registers, and all
-digests are those of the native scalar run.
+QEMU's TCG and valgrind are no help with AVX-512, they do not emulate it.  No emulator here knows AMX or AVX-VNNI: those
+sets are run only where the CPU has them, and the output says so.  The check fails unless each place ran the sets it
+should, to the end, ``avx512`` under that name and from an object whose Viterbi steps use zmm registers, and all digests
+are those of the native scalar run.
 
 Nothing is installed and no root is needed: what is built and fetched (26 MB, Debian's kernel for virtual machines) goes
 into ``.cache/isa``.  Another bzImage with a serial console and an initramfs will do: ``--kernel``.
@@ -64,7 +66,7 @@ KERNEL_PACKAGE = "linux-image-cloud-amd64"
 
 # Bochs 2.7 reports the wrong size for the compacted XSAVE area, on which Linux gives up all of AVX: hide XSAVEC and
 # XSAVES.  quiet: messages of the kernel would fall into the program's lines.  What follows the dashes goes to /init.
-EMULATED = ("avx512", "avx2")
+EMULATED = ("avx512_vbmi", "avx512", "avx2")
 CMDLINE = "console=ttyS0 quiet mitigations=off clearcpuid=xsavec,xsaves -- " + " ".join(EMULATED)
 BOCHSRC = """\
 display_library: term
@@ -82,6 +84,14 @@ panic: action=fatal
 error: action=ignore
 info: action=ignore
 """
+
+
+# The sets that QEMU's aarch64 CPUs run; the last one has all that is emulated.
+ARM_SETS = {
+    "cortex-a72": {"neon", "scalar"},
+    "neoverse-n1": {"neon_dotprod", "neon", "scalar"},
+    "max": {"neon_i8mm", "neon_dotprod", "neon", "scalar"},
+}
 
 
 class MissingTool(Exception):
@@ -262,7 +272,7 @@ def run_bochs(image: Path, cpu: str, timeout: float) -> Run:
 
 @click.command(help="Compare what all kernel sets compute, AVX-512 in Bochs and aarch64 in QEMU included.")
 @click.option("--target", "targets", multiple=True, type=click.Choice(["avx512", "aarch64"]), help="default: both")
-@click.option("--cpu", default="corei7_skylake_x", show_default=True, help="CPU model of Bochs")
+@click.option("--cpu", default="corei7_icelake_u", show_default=True, help="CPU model of Bochs")
 @click.option("--kernel", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="a Linux bzImage")
 @click.option("--timeout", default=1800.0, show_default=True, help="seconds for the emulated computer")
 def main(targets: tuple[str, ...], cpu: str, kernel: Path | None, timeout: float) -> None:
@@ -288,7 +298,14 @@ def main(targets: tuple[str, ...], cpu: str, kernel: Path | None, timeout: float
     if "aarch64" in targets:
         machine = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
         arm = build("aarch64", *machine, "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc")
-        problems += run_program("aarch64", "qemu-aarch64", arm).problems({"scalar"}, reference)
+        for model, sets in ARM_SETS.items():
+            run = run_program(f"aarch64 {model}", "qemu-aarch64", "-cpu", model, arm)
+            problems += run.problems(sets, reference)
+            if run.complete - sets:
+                problems.append(f"aarch64 {model}: says that it runs {', '.join(sorted(run.complete - sets))}")
+    emulated_sets = set(EMULATED) if "avx512" in targets else set()
+    if unchecked := [name for name, supported in native.sets.items() if not supported and name not in emulated_sets]:
+        click.echo(f"  not run, this CPU lacks them: {', '.join(unchecked)}")
     for problem in problems:
         click.echo(problem, err=True)
     click.echo("FAILED" if problems else f"all sets agree: {len(reference)} digests each")

@@ -58,11 +58,21 @@ static void dot(void) { abort(); }
     [id] = {.type_name = name, .blck_size = n, .type_size = size, .is_quantized = true, .to_float = decode}
 
 static struct type_traits rows[43] = {
-    PLAIN(0, "f32", 4),         PLAIN(1, "f16", 2),         BLOCKS(2, "q4_0", Q4_0_BLOCK, 18),
-    BLOCKS(3, "q4_1", 32, 20),  BLOCKS(6, "q5_0", 32, 22),  BLOCKS(7, "q5_1", 32, 24),
-    BLOCKS(8, "q8_0", 32, 34),  BLOCKS(10, "q2_K", 256, 84), BLOCKS(14, "q6_K", 256, 210),
-    BLOCKS(20, "iq4_nl", 32, 18), PLAIN(26, "i32", 4),      PLAIN(30, "bf16", 2),
-    BLOCKS(34, "tq1_0", 256, 54), BLOCKS(35, "tq2_0", 256, 66), BLOCKS(39, "mxfp4", 32, 17),
+    PLAIN(0, "f32", 4),
+    PLAIN(1, "f16", 2),
+    BLOCKS(2, "q4_0", Q4_0_BLOCK, 18),
+    BLOCKS(3, "q4_1", 32, 20),
+    BLOCKS(6, "q5_0", 32, 22),
+    BLOCKS(7, "q5_1", 32, 24),
+    BLOCKS(8, "q8_0", 32, 34),
+    BLOCKS(10, "q2_K", 256, 84),
+    BLOCKS(14, "q6_K", 256, 210),
+    BLOCKS(20, "iq4_nl", 32, 18),
+    PLAIN(26, "i32", 4),
+    PLAIN(30, "bf16", 2),
+    BLOCKS(34, "tq1_0", 256, 54),
+    BLOCKS(35, "tq2_0", 256, 66),
+    BLOCKS(39, "mxfp4", 32, 17),
 #ifdef USED_ROW
     BLOCKS(USED_ROW, "q9_9", 32, 40),
 #endif

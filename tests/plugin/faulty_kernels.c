@@ -13,7 +13,8 @@ ccq_status __real_ccq_mul_mat(int32_t, const ccq_product *);
 ccq_status __wrap_ccq_mul_mat(int32_t type, const ccq_product * product) {
     const ccq_status status = __real_ccq_mul_mat(type, product);
     if (faulty("product")) {
-        product->out[(product->out_index ? product->out_index[0] : 0) * product->out_stride + product->n_rows - 1] *= 1.25f;
+        product->out[(product->out_index ? product->out_index[0] : 0) * product->out_stride + product->n_rows - 1] *=
+            1.25f;
     }
     return status;
 }

@@ -1,12 +1,13 @@
-/* avx512_vbmi/panel.h's panels with AMX: one instruction (tdpbssd) multiplies 64 activations of 16 columns with 64 weights
- * of 16 rows, which is just one group, since a panel's set lies in memory as the second operand wants it and
+/* avx512_vbmi/panel.h's panels with AMX: one instruction (tdpbssd) multiplies 64 activations of 16 columns with 64
+ * weights of 16 rows, which is just one group, since a panel's set lies in memory as the second operand wants it and
  * activations as the first does.
  *
  * Each group has scales of its own, so its integers leave the tile through memory and are added up as floats in
  * vectors, 3 instructions for 16 results: that, not the tile, sets the pace.  TILES groups at a time are under way, so
  * that one's additions overlap with the next one's product.
  *
- * The tiles' configuration belongs to the thread: ggml sets its own once and relies on it for good, so it is put back. */
+ * The tiles' configuration belongs to the thread: ggml sets its own once and relies on it for good, so it is put back.
+ */
 #ifndef CCQ_AMX_TILES_H
 #define CCQ_AMX_TILES_H
 
@@ -19,8 +20,8 @@
 
 enum { PANEL_SIGNED = 1, TILE_COLUMNS = 16, TILES = 4 };
 
-/* Working memory besides the sums: tiles under way; and copied columns, where they do not lie one after another or are fewer
- * than 16, for as many groups as go together. */
+/* Working memory besides the sums: tiles under way; and copied columns, where they do not lie one after another or are
+ * fewer than 16, for as many groups as go together. */
 enum { RESULT_BYTES = 2 * TILES * 1024, TILE_BYTES = RESULT_BYTES + TILE_COLUMNS * 8 * CCQ_GROUP };
 
 typedef struct {
@@ -29,8 +30,8 @@ typedef struct {
     uint8_t rows[16];
 } tile_config;
 
-/* Not the compiler's intrinsics: GCC's before 12.4 and 13.3 name only the configuration's first 8 bytes as an operand, and
- * none of a tile's memory (its bug 114098), so that stores to the rest may be dropped or come too late. */
+/* Not the compiler's intrinsics: GCC's before 12.4 and 13.3 name only the configuration's first 8 bytes as an operand,
+ * and none of a tile's memory (its bug 114098), so that stores to the rest may be dropped or come too late. */
 CCQ_INLINE void load_tile_config(const tile_config * config) { __asm__ volatile("ldtilecfg %0" : : "m"(*config)); }
 CCQ_INLINE void store_tile_config(tile_config * config) { __asm__ volatile("sttilecfg %0" : "=m"(*config)); }
 CCQ_INLINE void release_tiles(void) { __asm__ volatile("tilerelease"); }

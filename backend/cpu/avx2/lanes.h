@@ -25,7 +25,7 @@ CCQ_INLINE lanes lanes_shift_right(lanes a, int n) { return _mm256_srli_epi16(a,
 
 /* Eight metrics to each 128-bit part, those of the next part `apart` metrics further. */
 CCQ_INLINE lanes lanes_rows(const uint16_t * from, int apart) {
-    const __m128i * first = (const __m128i *)from, * second = (const __m128i *)(from + apart);
+    const __m128i *first = (const __m128i *)from, *second = (const __m128i *)(from + apart);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(first)), _mm_loadu_si128(second), 1);
 }
 

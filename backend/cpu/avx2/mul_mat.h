@@ -27,7 +27,7 @@ static size_t work_bytes(int64_t n, int64_t n_cols) {
 
 CCQ_INLINE void mul_mat(int type, const ccq_product * p) {
     const int64_t n_groups = p->n / CCQ_GROUP;
-    uint8_t * last = p->work, * work = last + copied_row_bytes(p->n);
+    uint8_t *last = p->work, *work = last + copied_row_bytes(p->n);
     memcpy(last, (const uint8_t *)p->blocks + (p->n_rows - 1) * p->row_stride,
            (size_t)(n_groups / block_groups[type] * block_bytes[type]));
     if (p->n_cols > vector_columns(type)) {

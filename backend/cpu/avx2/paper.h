@@ -24,16 +24,12 @@
 #define CCQ_BYTE_WORD(t, n, from) (char)((t) / (n) - (from)), (char)-128
 
 #define CCQ_SPREAD(words, X, n, from, power, bits, t)                                                                  \
-    _mm256_srli_epi16(                                                                                                 \
-        _mm256_mullo_epi16(                                                                                            \
-            _mm256_shuffle_epi8(words,                                                                                 \
-                                _mm256_setr_epi8(CCQ_OCTET(X, t, n, from), CCQ_OCTET(X, (t) + 8, n, from))),           \
-            _mm256_setr_epi16(CCQ_OCTET(power, t, 0), CCQ_OCTET(power, (t) + 8, 0))),                                  \
-        16 - (bits))
+    _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(words, _mm256_setr_epi8(CCQ_OCTET(X, t, n, from),         \
+                                                                                     CCQ_OCTET(X, (t) + 8, n, from))), \
+                                         _mm256_setr_epi16(CCQ_OCTET(power, t, 0), CCQ_OCTET(power, (t) + 8, 0))),     \
+                      16 - (bits))
 
-CCQ_INLINE __m256i twice(const uint8_t * p) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
-}
+CCQ_INLINE __m256i twice(const uint8_t * p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p)); }
 
 CCQ_INLINE void values_p2_5(const uint8_t * block, int group, __m256i out[4]) {
     const uint8_t * codes = block + offsetof(ccq_p2_5_block, codes) + group * 20;
@@ -67,10 +63,10 @@ CCQ_INLINE void values_p2(const uint8_t * block, int group, __m256i out[4]) {
     const __m256 scale = _mm256_set1_ps(ccq_bits_float(ccq_load_u32(block + offsetof(ccq_p2_block, code_scale))));
     const __m256 zp = _mm256_set1_ps(ccq_bits_float(ccq_load_u32(block + offsetof(ccq_p2_block, code_zp))));
     const __m256i low = _mm256_set1_epi32(0xffff);
-    const __m256i states = _mm256_permute4x64_epi64(
-        _mm256_packus_epi32(_mm256_and_si256(p2_states(codes, scale, zp), low),
-                            _mm256_and_si256(p2_states(codes + 8, scale, zp), low)),
-        0xd8);
+    const __m256i states =
+        _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(p2_states(codes, scale, zp), low),
+                                                     _mm256_and_si256(p2_states(codes + 8, scale, zp), low)),
+                                 0xd8);
     const __m256i first = _mm256_permute2x128_si256(states, states, 0x00);
     const __m256i last = _mm256_permute2x128_si256(states, states, 0x11);
     out[0] = CCQ_SPREAD(first, CCQ_WORD, 4, 0, CCQ_POWER4, 6, 0);

@@ -11,11 +11,24 @@
 #define CCQ_SCALE64(e)                                                                                                 \
     CCQ_SCALE8(e), CCQ_SCALE8(e + 1), CCQ_SCALE8(e + 2), CCQ_SCALE8(e + 3), CCQ_SCALE8(e + 4), CCQ_SCALE8(e + 5),      \
         CCQ_SCALE8(e + 6), CCQ_SCALE8(e + 7)
-static const float trellis_scales[256] __attribute__((aligned(64))) = {
-    0,
-    9 * CCQ_POWER(0), 10 * CCQ_POWER(0), 11 * CCQ_POWER(0), 12 * CCQ_POWER(0), 13 * CCQ_POWER(0), 14 * CCQ_POWER(0),
-    15 * CCQ_POWER(0), CCQ_SCALE8(1), CCQ_SCALE8(2), CCQ_SCALE8(3), CCQ_SCALE8(4), CCQ_SCALE8(5), CCQ_SCALE8(6),
-    CCQ_SCALE8(7), CCQ_SCALE64(8), CCQ_SCALE64(16), CCQ_SCALE64(24)};
+static const float trellis_scales[256] __attribute__((aligned(64))) = {0,
+                                                                       9 * CCQ_POWER(0),
+                                                                       10 * CCQ_POWER(0),
+                                                                       11 * CCQ_POWER(0),
+                                                                       12 * CCQ_POWER(0),
+                                                                       13 * CCQ_POWER(0),
+                                                                       14 * CCQ_POWER(0),
+                                                                       15 * CCQ_POWER(0),
+                                                                       CCQ_SCALE8(1),
+                                                                       CCQ_SCALE8(2),
+                                                                       CCQ_SCALE8(3),
+                                                                       CCQ_SCALE8(4),
+                                                                       CCQ_SCALE8(5),
+                                                                       CCQ_SCALE8(6),
+                                                                       CCQ_SCALE8(7),
+                                                                       CCQ_SCALE64(8),
+                                                                       CCQ_SCALE64(16),
+                                                                       CCQ_SCALE64(24)};
 CCQ_STATIC_ASSERT(CCQ_T2_SCALE_EXPONENT_BIAS == 30, "CCQ_POWER");
 
 #endif

@@ -38,11 +38,10 @@ static const int block_bytes[CCQ_TYPE_COUNT] = {CCQ_TYPES(X)};
 static const int block_groups[CCQ_TYPE_COUNT] = {CCQ_TYPES(X)};
 #undef X
 #define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = CCQ_##STEM##_LEVEL_OFFSET,
-static const int level_offset[CCQ_TYPE_COUNT] = {
-    CCQ_TRELLIS_TYPES(X)
+static const int level_offset[CCQ_TYPE_COUNT] = {CCQ_TRELLIS_TYPES(X)
 #undef X
 #define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = CCQ_##STEM##_ZERO_POINT,
-    CCQ_PAPER_TYPES(X)
+                                                     CCQ_PAPER_TYPES(X)
 #undef X
 };
 
@@ -100,8 +99,8 @@ CCQ_INLINE void trellis_bases(int type, const uint8_t * const * block, __m256i b
         const __m256i cycle = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codes));
         base[0] = lanes_from(_mm256_shuffle_epi8(cycle, CCQ_DWORDS(12, 0, 12, 0)), 0, 4, 6);
     } else if (type == CCQ_INDEX_T2) {
-        const __m256i byte_on = _mm256_setr_epi8(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5,
-                                                 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
+        const __m256i byte_on = _mm256_setr_epi8(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6,
+                                                 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
         base[0] = two_parts(codes, block[1] + 1);
         base[1] = _mm256_shuffle_epi8(base[0], byte_on);
         base[2] = _mm256_or_si256(_mm256_srli_epi16(base[0], 2), _mm256_slli_epi16(base[1], 6));

@@ -25,17 +25,15 @@ CCQ_INLINE lanes lanes_shift_right(lanes a, int n) { return _mm512_srli_epi16(a,
 
 /* Eight metrics to each 128-bit part, those of the next part `apart` metrics further. */
 CCQ_INLINE lanes lanes_rows(const uint16_t * from, int apart) {
-    const __m128i * first = (const __m128i *)from, * second = (const __m128i *)(from + apart);
-    const __m128i * third = (const __m128i *)(from + 2 * apart), * fourth = (const __m128i *)(from + 3 * apart);
+    const __m128i *first = (const __m128i *)from, *second = (const __m128i *)(from + apart);
+    const __m128i *third = (const __m128i *)(from + 2 * apart), *fourth = (const __m128i *)(from + 3 * apart);
     __m512i rows = _mm512_castsi128_si512(_mm_loadu_si128(first));
     rows = _mm512_inserti32x4(rows, _mm_loadu_si128(second), 1);
     rows = _mm512_inserti32x4(rows, _mm_loadu_si128(third), 2);
     return _mm512_inserti32x4(rows, _mm_loadu_si128(fourth), 3);
 }
 
-CCQ_INLINE lanes shuffle_rows(lanes v, __m128i order) {
-    return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order));
-}
+CCQ_INLINE lanes shuffle_rows(lanes v, __m128i order) { return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order)); }
 
 /* Every 128-bit part makes a transpose of its own. */
 CCQ_INLINE void lanes_split(const uint16_t * in, int after, lanes by_way[8]) {

@@ -38,8 +38,8 @@ CCQ_INLINE __m512i pack_values(const __m256i value[4]) {
 CCQ_PAPER_TYPES(X)
 #undef X
 
-/* Memory is asked for while what came before it is multiplied, into the second-level cache: a first-level one has too few
- * buffers for misses.  Without it products of weights that lie in memory take twice as long; 8000 bytes ahead are a
+/* Memory is asked for while what came before it is multiplied, into the second-level cache: a first-level one has too
+ * few buffers for misses.  Without it products of weights that lie in memory take twice as long; 8000 bytes ahead are a
  * little slower, and so is the first level. */
 enum { PREFETCH_BYTES = 16000 };
 
@@ -47,8 +47,8 @@ CCQ_INLINE void prefetch(const uint8_t * block) { _mm_prefetch((const char *)blo
 
 /* --- to floats --------------------------------------------------------------------------------------------------- */
 
-/* 32 levels plus their offset, less than 2^16, as 16-bit lanes behind the upper half of 2^23 are floats 2^23 + level: one
- * subtraction takes both off, without a conversion. */
+/* 32 levels plus their offset, less than 2^16, as 16-bit lanes behind the upper half of 2^23 are floats 2^23 + level:
+ * one subtraction takes both off, without a conversion. */
 CCQ_INLINE void store_levels(__m512i levels, __mmask16 some, __m512 scale, float * out) {
     const __m512i upper = _mm512_set1_epi16(0x4b00);
     const __m512 shift = _mm512_set1_ps(8388608.0f + CCQ_T2_LEVEL_OFFSET);
@@ -71,7 +71,7 @@ CCQ_INLINE void store_levels(__m512i levels, __mmask16 some, __m512 scale, float
             }                                                                                                          \
             const hashes h = block_hashes(blocks, &float_windows_##stem, CCQ_##STEM##_MULTIPLIER);                     \
             const __m512 scale = _mm512_set1_ps(scale_##stem(blocks, 0));                                              \
-            const __mmask16 some = (__mmask16)-(blocks[0] != 0); /* else +0, whatever the level's sign */              \
+            const __mmask16 some = (__mmask16) - (blocks[0] != 0); /* else +0, whatever the level's sign */            \
             store_levels(_mm512_maddubs_epi16(h.low, ones), some, scale, out);                                         \
             store_levels(_mm512_maddubs_epi16(h.high, ones), some, scale, out + 32);                                   \
         }                                                                                                              \

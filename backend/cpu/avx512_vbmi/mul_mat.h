@@ -7,10 +7,13 @@
 
 #define CCQ_HAVE_MUL_MAT
 
-/* Rows are at most 3.125 bits a weight; the last one of a product is copied, since blocks are loaded beyond their end. */
+/* Rows are at most 3.125 bits a weight; the last one of a product is copied, since blocks are loaded beyond their end.
+ */
 static size_t copied_row_bytes(int64_t n) { return ((size_t)(n / 2 + 2 * ROW_OVERREAD) + 63) & ~(size_t)63; }
 
-static size_t panel_bytes(int64_t n) { return (size_t)(PANEL_ROWS * n) + (size_t)(PANEL_ROWS * n / CCQ_GROUP) * sizeof(float); }
+static size_t panel_bytes(int64_t n) {
+    return (size_t)(PANEL_ROWS * n) + (size_t)(PANEL_ROWS * n / CCQ_GROUP) * sizeof(float);
+}
 
 static size_t work_bytes(int64_t n, int64_t n_cols) {
     const size_t vectors = (size_t)(n_cols < VECTOR_COLUMNS ? n_cols : VECTOR_COLUMNS) * expanded_bytes(n);
@@ -29,7 +32,7 @@ CCQ_INLINE void row_pointers(const ccq_product * p, const uint8_t * last, int64_
 #define CCQ_MUL_MAT(stem, row_bytes, offset)                                                                           \
     static void mul_mat_##stem(const ccq_product * p) {                                                                \
         const int64_t n_groups = p->n / CCQ_GROUP;                                                                     \
-        uint8_t * last = p->work, * work = last + copied_row_bytes(p->n);                                              \
+        uint8_t *last = p->work, *work = last + copied_row_bytes(p->n);                                                \
         const uint8_t * row[PANEL_ROWS];                                                                               \
         memcpy(last, (const uint8_t *)p->blocks + (p->n_rows - 1) * p->row_stride, (size_t)(row_bytes));               \
         if (p->n_cols > VECTOR_COLUMNS) {                                                                              \

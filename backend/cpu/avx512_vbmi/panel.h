@@ -2,8 +2,8 @@
  * in registers.
  *
  * A panel is PANEL_SETS sets of 16 rows.  Of every group of 64 it holds, set by set, 16 vectors: vector i has weights
- * 4 i to 4 i + 3 of the 16 rows in its 32-bit lanes (1 KB), and the rows' 16 scales.  So a product of four weights of 16
- * rows with four activations of a column is one vpdpbusd with the activations broadcast from memory, in the order in
+ * 4 i to 4 i + 3 of the 16 rows in its 32-bit lanes (1 KB), and the rows' 16 scales.  So a product of four weights of
+ * 16 rows with four activations of a column is one vpdpbusd with the activations broadcast from memory, in the order in
  * which they lie there; columns need not be copied, wherever they are.
  *
  * Hook: a set that multiplies panels in another way defines CCQ_HAVE_MULTIPLY_PANEL, `multiply_panel` as below, and
@@ -15,9 +15,9 @@
 
 enum { SET_ROWS = 16, PANEL_SETS = 2, PANEL_ROWS = SET_ROWS * PANEL_SETS, SET_BYTES = 64 * SET_ROWS };
 
-/* Groups for which columns are gone through before the next ones, so that 16 KB of a panel stay in a first-level cache; and
- * for how many columns at a time.  Their sums wait in working memory: the output's rows are often a multiple of 4 KB
- * apart, and fall on the same few lines of a cache. */
+/* Groups for which columns are gone through before the next ones, so that 16 KB of a panel stay in a first-level cache;
+ * and for how many columns at a time.  Their sums wait in working memory: the output's rows are often a multiple of 4
+ * KB apart, and fall on the same few lines of a cache. */
 enum { DEPTH = 8, BREADTH = 480 };
 
 typedef struct {
@@ -48,8 +48,8 @@ CCQ_INLINE void store_sums(const panel * p, float * sums, int set, __m512 value,
     _mm512_mask_storeu_ps(out_or_null + p->first + set * SET_ROWS, mask, value);
 }
 
-/* Ask for the activations of groups [from, to) of the columns from `first` on, while others are multiplied: they come in
- * pieces too short for the CPU to see a pattern. */
+/* Ask for the activations of groups [from, to) of the columns from `first` on, while others are multiplied: they come
+ * in pieces too short for the CPU to see a pattern. */
 CCQ_INLINE void prefetch_columns(const ccq_product * product, int64_t first, int64_t count, int64_t from, int64_t to) {
     for (int64_t c = first; c < first + count && c < product->n_cols; c++) {
         const char * q = ccq_column_act(product, c);
@@ -72,7 +72,8 @@ CCQ_INLINE void transpose_lanes(__m512i v[16]) {
     }
     /* b[4 q + j]: part p has lanes 4 p + j of rows 4 q to 4 q + 3 */
     for (int j = 0; j < 4; j++) {
-        const __m512i low01 = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88), low23 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+        const __m512i low01 = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88),
+                      low23 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
         const __m512i high01 = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
         const __m512i high23 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
         v[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);

@@ -1,9 +1,9 @@
 /* Levels of T blocks with AVX-512 VBMI, a whole block of 64 at a time.
  *
  * Four consecutive windows lie within 64 bits from a byte on.  So one byte permutation puts the bits of every four into
- * a 64-bit lane, wrapping around the cycle, and one multishift takes their windows out, as two bytes each: 32 windows in
- * 16-bit lanes.  Then a mask (12 bits), a multiply (the hash) and a mask leave the two 7-bit fields in the lane's two
- * bytes, for a dot product with both multiplied by the same activation to add up.
+ * a 64-bit lane, wrapping around the cycle, and one multishift takes their windows out, as two bytes each: 32 windows
+ * in 16-bit lanes.  Then a mask (12 bits), a multiply (the hash) and a mask leave the two 7-bit fields in the lane's
+ * two bytes, for a dot product with both multiplied by the same activation to add up.
  *
  * A block is two such vectors, `low` and `high`.  128-bit part L of low has windows 16 L to 16 L + 7, of high the next
  * 8: the order in which unpacking the 64 activations doubles them, and in which packing gives natural order. */
@@ -28,16 +28,16 @@
 #define CCQ_SHIFTS4(even, odd, n, w)                                                                                   \
     CCQ_SHIFT2(even, odd, w, 0), CCQ_SHIFT2(even, odd, w, 1), CCQ_SHIFT2(even, odd, w, 2), CCQ_SHIFT2(even, odd, w, 3)
 #define CCQ_EIGHT(X, even, odd, n, w, b, c)                                                                            \
-    {X(even, odd, n, w),           X(even, odd, n, w + b),         X(even, odd, n, w + c),                             \
-     X(even, odd, n, w + c + b),   X(even, odd, n, w + 2 * c),     X(even, odd, n, w + 2 * c + b),                     \
-     X(even, odd, n, w + 3 * c),   X(even, odd, n, w + 3 * c + b)}
+    {X(even, odd, n, w),         X(even, odd, n, w + b),        X(even, odd, n, w + c),                                \
+     X(even, odd, n, w + c + b), X(even, odd, n, w + 2 * c),    X(even, odd, n, w + 2 * c + b),                        \
+     X(even, odd, n, w + 3 * c), X(even, odd, n, w + 3 * c + b)}
 
 typedef struct {
     uint8_t bytes[2][64], shifts[2][64];
 } window_tables;
 
-/* float_windows_*: part L of low has windows 4 L to 4 L + 3 and 16 + 4 L to 19 + 4 L, of high those 32 further: the order
- * in which widening by unpacking gives 16 consecutive ones. */
+/* float_windows_*: part L of low has windows 4 L to 4 L + 3 and 16 + 4 L to 19 + 4 L, of high those 32 further: the
+ * order in which widening by unpacking gives 16 consecutive ones. */
 #define CCQ_WINDOW_TABLES(stem, even, odd, n)                                                                          \
     static const window_tables windows_##stem __attribute__((aligned(64))) = {                                         \
         {CCQ_EIGHT(CCQ_BYTES4, even, odd, n, 0, 4, 16), CCQ_EIGHT(CCQ_BYTES4, even, odd, n, 8, 4, 16)},                \

@@ -1,12 +1,12 @@
 /* Products with few columns: weights are decoded in registers and multiplied at once, a few rows at a time, so that a
  * column's activations are loaded once for them.
  *
- * T types go in runs of two blocks (T1_5: four), as many as 64 bytes hold.  One byte permutation deals a run's code bits to
- * eight 64-bit lanes, each with the 8 bytes from where its share of the block's windows starts: 16 windows (T1_5: 32) lie
- * within 64 bits.  In every round one multishift then takes the next 4 windows out of each lane, and with a mask, a
- * multiply and a mask they are the two 7-bit fields of 32 hashes, which one vpdpbusd multiplies and adds.  That is 10.5
- * instructions for 64 weights and 2 for the sum and the scale (T1_5: 10.25 and 1.5), all on the two ports that 512-bit
- * vectors have.  What is left of a row that is no multiple of a run goes block by block (trellis.h).
+ * T types go in runs of two blocks (T1_5: four), as many as 64 bytes hold.  One byte permutation deals a run's code
+ * bits to eight 64-bit lanes, each with the 8 bytes from where its share of the block's windows starts: 16 windows
+ * (T1_5: 32) lie within 64 bits.  In every round one multishift then takes the next 4 windows out of each lane, and
+ * with a mask, a multiply and a mask they are the two 7-bit fields of 32 hashes, which one vpdpbusd multiplies and
+ * adds.  That is 10.5 instructions for 64 weights and 2 for the sum and the scale (T1_5: 10.25 and 1.5), all on the two
+ * ports that 512-bit vectors have.  What is left of a row that is no multiple of a run goes block by block (trellis.h).
  *
  * First each column is laid out as the products read it (`expand`):
  *
@@ -68,7 +68,8 @@ static void expand_plain(const int8_t * q, int64_t n_groups, int offset, uint8_t
     }
 }
 
-/* Runs of `blocks`: in round r lane j of a block's lanes has the activations from j * (64 / lanes) + 4 r on, doubled. */
+/* Runs of `blocks`: in round r lane j of a block's lanes has the activations from j * (64 / lanes) + 4 r on, doubled.
+ */
 CCQ_INLINE void expand_runs(const int8_t * q, const float * d, int64_t n_runs, int blocks, int offset, uint8_t * out) {
     const int n_lanes = RUN_LANES / blocks, rounds = 2 * blocks;
     uint8_t first[64];
@@ -100,18 +101,19 @@ CCQ_INLINE void expand_runs(const int8_t * q, const float * d, int64_t n_runs, i
 
 /* --- groups one by one -------------------------------------------------------------------------------------------- */
 
-/* acc[r][c] += the products of groups [from, to) of n_rows rows with n_cols columns; n_rows and n_cols are constants. */
+/* acc[r][c] += the products of groups [from, to) of n_rows rows with n_cols columns; n_rows and n_cols are constants.
+ */
 #define CCQ_TRELLIS_ROWS(STEM, stem, id, weights, bytes)                                                               \
-    CCQ_INLINE void groups_##stem(const uint8_t * const * row, int n_rows, const column * col,           \
-                                int n_cols, int64_t from, int64_t to, __m512 acc[][VECTOR_COLUMNS]) {                  \
+    CCQ_INLINE void groups_##stem(const uint8_t * const * row, int n_rows, const column * col, int n_cols,             \
+                                  int64_t from, int64_t to, __m512 acc[][VECTOR_COLUMNS]) {                            \
         for (int64_t k = from; k < to; k++) {                                                                          \
             for (int r = 0; r < n_rows; r++) {                                                                         \
                 const uint8_t * block = row[r] + k * (bytes);                                                          \
-                prefetch(block);                                                                               \
+                prefetch(block);                                                                                       \
                 const hashes h = block_hashes(block, &windows_##stem, CCQ_##STEM##_MULTIPLIER);                        \
                 const float * scale = &trellis_scales[block[0]];                                                       \
                 for (int c = 0; c < n_cols; c++) {                                                                     \
-                    const uint8_t * q = col[c].groups + (k - from) * EXPANDED_GROUP;                                          \
+                    const uint8_t * q = col[c].groups + (k - from) * EXPANDED_GROUP;                                   \
                     __m512i sum = _mm512_load_si512(q + 128);                                                          \
                     sum = _mm512_dpbusd_epi32(sum, h.low, _mm512_load_si512(q));                                       \
                     sum = _mm512_dpbusd_epi32(sum, h.high, _mm512_load_si512(q + 64));                                 \
@@ -124,20 +126,19 @@ CCQ_INLINE void expand_runs(const int8_t * q, const float * d, int64_t n_runs, i
 CCQ_TRELLIS_TYPES(CCQ_TRELLIS_ROWS)
 
 #define CCQ_PAPER_ROWS(STEM, stem, id, weights, bytes)                                                                 \
-    CCQ_INLINE void groups_##stem(const uint8_t * const * row, int n_rows, const column * col,           \
-                                int n_cols, int64_t from, int64_t to, __m512 acc[][VECTOR_COLUMNS]) {                  \
+    CCQ_INLINE void groups_##stem(const uint8_t * const * row, int n_rows, const column * col, int n_cols,             \
+                                  int64_t from, int64_t to, __m512 acc[][VECTOR_COLUMNS]) {                            \
         for (int64_t k = from; k < to; k++) {                                                                          \
             const int64_t at = k / CCQ_##STEM##_GROUPS * (bytes);                                                      \
             const int group = (int)(k % CCQ_##STEM##_GROUPS);                                                          \
             for (int r = 0; r < n_rows; r++) {                                                                         \
                 const uint8_t * block = row[r] + at;                                                                   \
-                prefetch(block + group * (bytes) / CCQ_##STEM##_GROUPS);                                       \
+                prefetch(block + group * (bytes) / CCQ_##STEM##_GROUPS);                                               \
                 const __m512i levels = levels_##stem(block, group);                                                    \
                 const __m512 scale = _mm512_set1_ps(scale_##stem(block, group));                                       \
                 for (int c = 0; c < n_cols; c++) {                                                                     \
-                    const uint8_t * q = col[c].groups + (k - from) * EXPANDED_GROUP;                                          \
-                    const __m512i sum =                                                                                \
-                        _mm512_dpbusd_epi32(_mm512_load_si512(q + 128), levels, _mm512_load_si512(q));                 \
+                    const uint8_t * q = col[c].groups + (k - from) * EXPANDED_GROUP;                                   \
+                    const __m512i sum = _mm512_dpbusd_epi32(_mm512_load_si512(q + 128), levels, _mm512_load_si512(q)); \
                     const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(col[c].d[k]), scale);                           \
                     acc[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, acc[r][c]);                           \
                 }                                                                                                      \
@@ -189,9 +190,9 @@ CCQ_INLINE __m512 run_scales(const uint8_t * run, int blocks, int bytes) {
     return scales;
 }
 
-CCQ_INLINE void run_rows(const uint8_t * const * row, int n_rows, const column * col, int n_cols,
-                         int64_t n_runs, int blocks, int bytes, const uint8_t * table, int even, int odd,
-                         uint32_t multiplier, __m512 acc[][VECTOR_COLUMNS]) {
+CCQ_INLINE void run_rows(const uint8_t * const * row, int n_rows, const column * col, int n_cols, int64_t n_runs,
+                         int blocks, int bytes, const uint8_t * table, int even, int odd, uint32_t multiplier,
+                         __m512 acc[][VECTOR_COLUMNS]) {
     const int rounds = 2 * blocks;
     const __m512i order = _mm512_load_si512(table);
     __m512i shifts[RUN_ROUNDS_MAX];
@@ -223,43 +224,43 @@ CCQ_INLINE void run_rows(const uint8_t * const * row, int n_rows, const column *
 }
 
 #define X(STEM, stem, id, weights, bytes)                                                                              \
-    CCQ_INLINE void runs_##stem(const uint8_t * const * row, int n_rows, const column * col,           \
-                                int n_cols, int64_t n_runs, __m512 acc[][VECTOR_COLUMNS]) {                            \
-        run_rows(row, n_rows, col, n_cols, n_runs, RUN_BLOCKS(bytes), bytes, run_bytes_##stem,                 \
+    CCQ_INLINE void runs_##stem(const uint8_t * const * row, int n_rows, const column * col, int n_cols,               \
+                                int64_t n_runs, __m512 acc[][VECTOR_COLUMNS]) {                                        \
+        run_rows(row, n_rows, col, n_cols, n_runs, RUN_BLOCKS(bytes), bytes, run_bytes_##stem,                         \
                  CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER, acc);                     \
     }
 CCQ_TRELLIS_TYPES(X)
 #undef X
 
-/* --- from rows to products ------------------------------------------------------------------------------------------ */
+/* --- from rows to products ------------------------------------------------------------------------------------------
+ */
 
 #define no_runs(...) ((void)0)
 #define CCQ_VECTOR(stem, run_blocks, runs)                                                                             \
-    CCQ_INLINE void vector_rows_##stem(const uint8_t * const * row, int n_rows, const column * col,    \
-                                       int n_cols, int64_t n_groups, int64_t at) {                                     \
+    CCQ_INLINE void vector_rows_##stem(const uint8_t * const * row, int n_rows, const column * col, int n_cols,        \
+                                       int64_t n_groups, int64_t at) {                                                 \
         __m512 acc[VECTOR_ROWS][VECTOR_COLUMNS];                                                                       \
         const int64_t n_runs = (run_blocks) > 0 ? n_groups / (run_blocks) : 0;                                         \
         for (int r = 0; r < n_rows; r++) {                                                                             \
             for (int c = 0; c < n_cols; c++) { acc[r][c] = _mm512_setzero_ps(); }                                      \
         }                                                                                                              \
-        runs(row, n_rows, col, n_cols, n_runs, acc);                                                           \
-        groups_##stem(row, n_rows, col, n_cols, n_runs * (run_blocks), n_groups, acc);                         \
+        runs(row, n_rows, col, n_cols, n_runs, acc);                                                                   \
+        groups_##stem(row, n_rows, col, n_cols, n_runs *(run_blocks), n_groups, acc);                                  \
         for (int r = 0; r < n_rows; r++) {                                                                             \
             for (int c = 0; c < n_cols; c++) { col[c].out[at + r] = _mm512_reduce_add_ps(acc[r][c]); }                 \
         }                                                                                                              \
     }                                                                                                                  \
-    static __attribute__((noinline)) void vector_##stem(const uint8_t * const * row, int n_rows,       \
-                                                        const column * col, int n_cols, int64_t n_groups,              \
-                                                        int64_t at) {                                                  \
+    static __attribute__((noinline)) void vector_##stem(const uint8_t * const * row, int n_rows, const column * col,   \
+                                                        int n_cols, int64_t n_groups, int64_t at) {                    \
         switch (n_rows == VECTOR_ROWS ? n_cols : 0) {                                                                  \
-        case 1: vector_rows_##stem(row, VECTOR_ROWS, col, 1, n_groups, at); return;                            \
-        case 2: vector_rows_##stem(row, VECTOR_ROWS, col, 2, n_groups, at); return;                            \
-        case 3: vector_rows_##stem(row, VECTOR_ROWS, col, 3, n_groups, at); return;                            \
-        case 4: vector_rows_##stem(row, VECTOR_ROWS, col, 4, n_groups, at); return;                            \
+        case 1: vector_rows_##stem(row, VECTOR_ROWS, col, 1, n_groups, at); return;                                    \
+        case 2: vector_rows_##stem(row, VECTOR_ROWS, col, 2, n_groups, at); return;                                    \
+        case 3: vector_rows_##stem(row, VECTOR_ROWS, col, 3, n_groups, at); return;                                    \
+        case 4: vector_rows_##stem(row, VECTOR_ROWS, col, 4, n_groups, at); return;                                    \
         default: break;                                                                                                \
         }                                                                                                              \
         for (int r = 0; r < n_rows; r++) {                                                                             \
-            for (int c = 0; c < n_cols; c++) { vector_rows_##stem(row + r, 1, col + c, 1, n_groups, at + r); } \
+            for (int c = 0; c < n_cols; c++) { vector_rows_##stem(row + r, 1, col + c, 1, n_groups, at + r); }         \
         }                                                                                                              \
     }
 #define X(STEM, stem, id, weights, bytes) CCQ_VECTOR(stem, RUN_BLOCKS(bytes), runs_##stem)

@@ -24,9 +24,7 @@ CCQ_INLINE int vector_columns(int type) { return dealt(type) ? 3 : 2; }
 #define CCQ_TILE_COLUMNS 6 /* 12 registers of sums, 2 of levels, 1 of activations */
 
 enum { LANE_WEIGHTS = 4 };
-CCQ_INLINE __m256i add_lanes(__m256i sum, __m256i levels, __m256i q) {
-    return _mm256_dpbusd_avx_epi32(sum, levels, q);
-}
+CCQ_INLINE __m256i add_lanes(__m256i sum, __m256i levels, __m256i q) { return _mm256_dpbusd_avx_epi32(sum, levels, q); }
 
 CCQ_INLINE void unit_lanes(int type, const __m256i base[4], __m256i out[]) {
     for (int i = 0; i < unit_vectors(type); i += 4) {

@@ -23,6 +23,8 @@
 
 #include "coupled.inl"
 
+#include "paper.inl"
+
 const ccq_kernels CCQ_SET = {
 #define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = decode_##stem,
     .decode = {CCQ_TYPES(X)},
@@ -35,4 +37,8 @@ const ccq_kernels CCQ_SET = {
 #undef X
     .viterbi = viterbi,
     .coupled = coupled_pass,
+    .scan_p2_5 = scan_p2_5,
+    .scan_p2_75 = scan_p2_75,
+    .scan_p2 = scan_p2,
+    .scan_p2_codes = scan_p2_codes,
 };

@@ -5,8 +5,8 @@
  *     float dot_row(const int8_t * levels, const float * scales, int64_t n_groups,
  *                   const CCQ_ACT * q, const float * d)
  *
- * the product of a decoded row with a column, for a faster inner loop; or CCQ_HAVE_MUL_MAT, work_bytes and mul_mat_<stem>
- * of every type as in ccq_kernels, for another way altogether. */
+ * the product of a decoded row with a column, for a faster inner loop; or CCQ_HAVE_MUL_MAT, work_bytes and
+ * mul_mat_<stem> of every type as in ccq_kernels, for another way altogether. */
 
 #ifndef CCQ_HAVE_MUL_MAT
 

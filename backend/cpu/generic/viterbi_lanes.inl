@@ -30,9 +30,8 @@ CCQ_INLINE lanes step_costs(lanes x, lanes factor, lanes bound, lanes level, int
     return lanes_mulhrs(error, error);
 }
 
-CCQ_INLINE void viterbi_step(const uint16_t * restrict in, uint16_t * restrict out,
-                                     const int16_t * restrict levels, int before, int after, int32_t x, int32_t factor,
-                                     int kind) {
+CCQ_INLINE void viterbi_step(const uint16_t * restrict in, uint16_t * restrict out, const int16_t * restrict levels,
+                             int before, int after, int32_t x, int32_t factor, int kind) {
     const int ways = 1 << after;
     const int part = (CCQ_TRELLIS_LEVELS >> after) >> before;
     const lanes value = lanes_fill((int16_t)x);
@@ -64,9 +63,7 @@ CCQ_INLINE void lower_metrics(uint16_t * metric, int n) {
     for (int i = 0; i < LANES; i++) { least = lane[i] < least ? lane[i] : least; }
     low = lanes_fill((int16_t)least);
 #pragma GCC unroll 4
-    for (int i = 0; i < n; i += LANES) {
-        lanes_store(metric + i, lanes_sub(lanes_load(metric + i), low));
-    }
+    for (int i = 0; i < n; i += LANES) { lanes_store(metric + i, lanes_sub(lanes_load(metric + i), low)); }
 }
 
 /* coupled.inl's, all lanes from a multiple of their number on: rows are zero before `first`. */
