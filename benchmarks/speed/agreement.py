@@ -20,7 +20,7 @@ from ccq_converters.dequantize import dequantize
 from ccq_format.errors import EvalError
 
 BOUND = 0.05
-"""Largest relative error of logits.  With activations of 8 bits ours have 0.007 to 0.024 on these models, llama.cpp's q8_0
+"""Largest relative error of logits.  With 8-bit activations ours have 0.007 to 0.024 on these models, llama.cpp's q8_0
 and q2_k 0.010 and 0.014; with 16 bits it is 0.0001.  One wrong row in 64 of a matrix would make 0.12."""
 
 BATCH, SINGLE = 48, 3

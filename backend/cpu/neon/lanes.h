@@ -1,4 +1,5 @@
-/* Lane operations of generic/viterbi_lanes.inl for NEON. */
+/* Lane operations of generic/viterbi_lanes.inl for NEON: a step of T2 without importances is 2848 instructions, 5 for
+ * each vector of ways. */
 #ifndef CCQ_NEON_LANES_H
 #define CCQ_NEON_LANES_H
 

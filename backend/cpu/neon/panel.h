@@ -3,7 +3,10 @@
  *
  * A panel is tiles of TILE_SETS sets of four rows.  A tile holds, group by group and set by set, 64 weights of four
  * rows (256 bytes, in an order of multiply.h's) and the rows' four scales.  The columns of a tile stay in a first-level
- * cache for all tiles of the panel; they need not be copied, wherever they are. */
+ * cache for all tiles of the panel; they need not be copied, wherever they are.
+ *
+ * Instructions of the whole loop for 64 weights of a row and a column (GCC 12): neon 17, of which 12 multiply,
+ * neon_dotprod 7 (4), neon_i8mm 6.3 (2). */
 #ifndef CCQ_NEON_PANEL_H
 #define CCQ_NEON_PANEL_H
 
