@@ -179,7 +179,7 @@ static void check_products(const ccq_type_info * type, int n, size_t row_bytes, 
 }
 
 static void decode_and_multiply(const ccq_type_info * type, int n_blocks) {
-    static const int columns[] = {1, 3, 4, 5, 17, COLS};
+    static const int columns[] = {1, 2, 3, 4, 5, 17, COLS};
     const int n = n_blocks * type->block_weights;
     const size_t row_bytes = (size_t)(n_blocks * type->block_bytes);
     size_t act_bytes;

@@ -39,19 +39,19 @@ CCQ_INLINE void transpose_parts(__m256i v[4]) {
 CCQ_INLINE void decode_set(int type, const uint8_t * const * block, int group, uint8_t * levels) {
     const int n_lanes = unit_vectors(type) * 2 / LANE_WEIGHTS; /* vectors of a unit */
     const int n_units = SET_ROWS / unit_rows(type);
-    __m256i lanes[SET_ROWS][UNIT_LANES_MAX];
+    __m256i of_unit[SET_ROWS][UNIT_LANES_MAX];
 #pragma GCC unroll 8
     for (int u = 0; u < n_units; u++) {
         const uint8_t * pair[2] = {block[u], block[(u + n_units) % SET_ROWS]};
         __m256i base[4];
         unit_bases(type, pair, group, base);
-        unit_lanes(type, base, lanes[u]);
+        unit_lanes(type, base, of_unit[u]);
     }
     for (int i = 0; i < n_lanes; i++) {
         __m256i a[4], b[4];
         for (int u = 0; u < 4; u++) {
-            a[u] = lanes[u][i];
-            b[u] = lanes[(u + 4) % n_units][i];
+            a[u] = of_unit[u][i];
+            b[u] = of_unit[(u + 4) % n_units][i];
         }
         transpose_parts(a);
         if (unit_rows(type) == 1) { transpose_parts(b); }
