@@ -56,8 +56,6 @@ def test_the_table() -> None:
         assert names == ["amx", "avx512_vbmi", "avx_vnni", "avx512", "avx2", "scalar"]
     if platform.machine() == "aarch64":
         assert names == ["neon_i8mm", "neon_dotprod", "neon", "scalar"]
-    if platform.machine() == "aarch64":
-        assert names == ["neon_i8mm", "neon_dotprod", "neon", "scalar"]
 
 
 def test_the_best_supported_set_is_the_default() -> None:

@@ -64,10 +64,11 @@ TOOLS: dict[str, dict[str | Path, str]] = {
 }
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 
-# Bochs 2.7 reports the wrong size for the compacted XSAVE area, on which Linux gives up all of AVX: hide XSAVEC and
-# XSAVES.  quiet: messages of the kernel would fall into the program's lines.  What follows the dashes goes to /init.
+# Bochs 2.7 reports the wrong size for the compacted XSAVE area, and with protection keys a wrong offset, on which Linux
+# gives up all of AVX: hide XSAVEC, XSAVES and PKU.  With FSRM (fast short copies) the kernel hangs early.  quiet:
+# messages of the kernel would fall into the program's lines.  What follows the dashes goes to /init.
 EMULATED = ("avx512_vbmi", "avx512", "avx2")
-CMDLINE = "console=ttyS0 quiet mitigations=off clearcpuid=xsavec,xsaves -- " + " ".join(EMULATED)
+CMDLINE = "console=ttyS0 quiet mitigations=off clearcpuid=xsavec,xsaves,pku,fsrm -- " + " ".join(EMULATED)
 BOCHSRC = """\
 display_library: term
 megs: 256
