@@ -4,36 +4,40 @@
  * Nothing here is meant to be replaced. */
 
 /* A P2_5 word is two runs, weights 0..2 and 3..6.  Inside a run, neighbours share one bit: a window's low bit is the
- * next one's high bit, so the best run is a shortest path over two states. */
-static const int paper_run_end[7] = {0, 0, 1, 0, 0, 0, 1};
-
-static void scan_p2_5(const float * restrict x, const float * restrict w, const float * restrict g,
-                      float * restrict err) {
-    float level[8][CCQ_PAPER_LANES], path[2][CCQ_PAPER_LANES] = {{0}}, total[CCQ_PAPER_LANES] = {0};
-    for (int v = 0; v < 8; v++) {
-        for (int l = 0; l < CCQ_PAPER_LANES; l++) { level[v][l] = (float)(v - CCQ_P2_5_ZERO_POINT) * g[l]; }
-    }
-    for (int i = 0; i < CCQ_GROUP - 1; i++) {
-        const float xi = x[i], wi = w[i];
+ * next one's high bit, so the best run is a shortest path over two states.
+ *
+ * Adds the least error of one run of n weights to total.  A function for each run, because GCC writes the zeros of a
+ * path that is cleared inside one loop over all weights lane by lane, and then waits for them. */
+CCQ_INLINE void p2_5_run(const float * restrict x, const float * restrict w, int n, float level[8][CCQ_PAPER_LANES],
+                         float * restrict total) {
+    float path[2][CCQ_PAPER_LANES] = {{0}};
+    for (int i = 0; i < n; i++) {
         for (int l = 0; l < CCQ_PAPER_LANES; l++) {
             float d[8];
             for (int v = 0; v < 8; v++) {
-                const float t = xi - level[v][l];
+                const float t = x[i] - level[v][l];
                 d[v] = t * t;
             }
-            const float a0 = path[0][l] + wi * (d[0] < d[2] ? d[0] : d[2]);
-            const float a1 = path[0][l] + wi * (d[1] < d[3] ? d[1] : d[3]);
-            const float b0 = path[1][l] + wi * (d[4] < d[6] ? d[4] : d[6]);
-            const float b1 = path[1][l] + wi * (d[5] < d[7] ? d[5] : d[7]);
+            const float a0 = path[0][l] + w[i] * (d[0] < d[2] ? d[0] : d[2]);
+            const float a1 = path[0][l] + w[i] * (d[1] < d[3] ? d[1] : d[3]);
+            const float b0 = path[1][l] + w[i] * (d[4] < d[6] ? d[4] : d[6]);
+            const float b1 = path[1][l] + w[i] * (d[5] < d[7] ? d[5] : d[7]);
             path[0][l] = a0 < b0 ? a0 : b0;
             path[1][l] = a1 < b1 ? a1 : b1;
         }
-        if (paper_run_end[i % 7]) {
-            for (int l = 0; l < CCQ_PAPER_LANES; l++) {
-                total[l] += path[0][l] < path[1][l] ? path[0][l] : path[1][l];
-                path[0][l] = path[1][l] = 0;
-            }
-        }
+    }
+    for (int l = 0; l < CCQ_PAPER_LANES; l++) { total[l] += path[0][l] < path[1][l] ? path[0][l] : path[1][l]; }
+}
+
+static void scan_p2_5(const float * restrict x, const float * restrict w, const float * restrict g,
+                      float * restrict err) {
+    float level[8][CCQ_PAPER_LANES], total[CCQ_PAPER_LANES] = {0};
+    for (int v = 0; v < 8; v++) {
+        for (int l = 0; l < CCQ_PAPER_LANES; l++) { level[v][l] = (float)(v - CCQ_P2_5_ZERO_POINT) * g[l]; }
+    }
+    for (int i = 0; i < CCQ_GROUP - 1; i += CCQ_P2_5_WORD_WEIGHTS) {
+        p2_5_run(x + i, w + i, 3, level, total);
+        p2_5_run(x + i + 3, w + i + 3, 4, level, total);
     }
     for (int l = 0; l < CCQ_PAPER_LANES; l++) {
         float best = FLT_MAX;
