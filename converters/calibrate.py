@@ -27,7 +27,7 @@ from .forward import Collector, ForwardPass, model_tensors, product_shapes
 from .hessian import HessianWriter
 from .hf2gguf import load_sources
 from .plan import cpu_count
-from .safetensors_io import Checkpoint
+from .sources import open_checkpoint
 from .stream import progress_bar
 from .vocab import load_vocab
 
@@ -68,7 +68,7 @@ def calibrate(
     family = family_of(model_dir)
     if options.ctx > family.context:
         raise ModelError(f"its context is {family.context} tokens, not {options.ctx}", file=family.config.file)
-    checkpoint = Checkpoint(model_dir)
+    checkpoint = open_checkpoint(model_dir, family.config)
     load_sources(family, checkpoint)  # refuses whatever hf2gguf refuses
     tensors = model_tensors(family, checkpoint)
     shapes, shared = product_shapes(family, tensors, options.process_output)

@@ -13,7 +13,7 @@ from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
 from ccq_converters.plan import QuantOptions
 
-from .upstream_diff.models import CASES, EXAMPLE, EXTRA_CASES, Case, build
+from .upstream_diff.models import CASES, EXAMPLE, EXTRA_CASES, FAMILY_CASES, Case, build
 
 N_TOKENS = 96
 """Longer than the 64 positions of the scaled models' original context."""
@@ -35,16 +35,27 @@ def in_llama_cpp(path: Path, tokens: list[int]) -> np.ndarray:
         return log_probabilities(model.decode(tokens, list(range(n)), [0] * n, [True] * n))
 
 
+class GgmlGelu(torch.nn.Module):
+    """GELU as ggml's CPU code has it: by a table of half-precision numbers, within -10 .. 10."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, value))
+
+
 def in_transformers(folder: Path, tokens: list[int]) -> np.ndarray:
     """The same by transformers, everything in float32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
+    if getattr(model.config, "hidden_activation", None) == "gelu_pytorch_tanh":
+        for layer in model.model.layers:
+            layer.mlp.act_fn = GgmlGelu()
     with torch.no_grad():
         return log_probabilities(model(torch.tensor([tokens])).logits[0].numpy())
 
 
-@pytest.mark.parametrize("case", CASES + EXTRA_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + FAMILY_CASES + EXTRA_CASES, ids=lambda case: case.name)
 def test_log_probabilities(case: Case, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     build(case, folder)
