@@ -66,6 +66,12 @@ def calibrate(
     if not model_dir.is_dir():
         raise ModelError("no such folder", file=model_dir)
     family = family_of(model_dir)
+    if not family.spec.calibrates:
+        raise ModelError(
+            f"calibrate does not know the layers of {family.architecture}; convert it to bf16 and let llama.cpp's "
+            "llama-imatrix measure",
+            file=family.config.file,
+        )
     if options.ctx > family.context:
         raise ModelError(f"its context is {family.context} tokens, not {options.ctx}", file=family.config.file)
     checkpoint = open_checkpoint(model_dir, family.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -35,22 +36,11 @@ def in_llama_cpp(path: Path, tokens: list[int]) -> np.ndarray:
         return log_probabilities(model.decode(tokens, list(range(n)), [0] * n, [True] * n))
 
 
-class GgmlGelu(torch.nn.Module):
-    """GELU as ggml's CPU code has it: by a table of half-precision numbers, within -10 .. 10."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        value = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
-        return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, value))
-
-
 def in_transformers(folder: Path, tokens: list[int]) -> np.ndarray:
     """The same by transformers, everything in float32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
-    if getattr(model.config, "hidden_activation", None) == "gelu_pytorch_tanh":
-        for layer in model.model.layers:
-            layer.mlp.act_fn = GgmlGelu()
     with torch.no_grad():
         return log_probabilities(model(torch.tensor([tokens])).logits[0].numpy())
 
@@ -67,6 +57,20 @@ def test_log_probabilities(case: Case, tmp_path: Path) -> None:
     # A model whose predictions hardly move would hide a wrong rotation.
     assert theirs.std(axis=0).max() > 0.5
     assert np.abs(ours - theirs).max() <= TOLERANCE
+
+
+def test_rope_scaling_added_to_a_new_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What model cards ask for, put into a config.json of transformers 5: transformers takes it, with its own theta."""
+    folder = tmp_path / "model"
+    build(Case("m", "qwen3", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    convert(folder, tmp_path / "out.gguf", QuantOptions("f32"), progress=False)
+    tokens = np.random.default_rng(7).integers(3, 380, N_TOKENS).tolist()
+    ours, theirs = in_llama_cpp(tmp_path / "out.gguf", tokens), in_transformers(folder, tokens)
+    assert np.abs(ours - theirs).max() <= TOLERANCE
+    assert "no longer 1000000.0" in caplog.text
 
 
 def test_bundled_model(tmp_path: Path) -> None:

@@ -157,6 +157,8 @@ class Spec:
     """Special tokens (kind: id) that no file of the model names."""
     ignored: str | None = None
     """Names (a regular expression) of tensors that llama.cpp has no use for."""
+    calibrates: bool = False
+    """Whether ``calibrate`` knows how transformers' layers of the family compute."""
     skips_mtp: bool = False
     """Whether layers behind the last one, for the prediction of several tokens, may be there; they are left out."""
 
@@ -324,6 +326,8 @@ class Family:
             raise self.config.error(f"'layer_types' must name {self.layers} layers")
         if any(kind not in ("sliding_attention", "full_attention") for kind in types):
             raise self.config.error(f"'layer_types' has one that is unknown: {sorted(set(map(str, types)))}")
+        if "sliding_attention" not in types:
+            raise self.config.error("no layer has the sliding window, which llama.cpp needs in this architecture")
         slides = [kind == "sliding_attention" for kind in types]
         if slides != [(i + 1) % every != 0 for i in range(self.layers)]:
             writer.add_sliding_window_pattern(slides)

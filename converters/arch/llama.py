@@ -30,6 +30,7 @@ LLAMA = Spec(
     head_dim_always=True,
     keys=_keys,
     token_ids=_code_llama,
+    calibrates=True,
 )
 
 MISTRAL = Spec(
@@ -43,6 +44,7 @@ MISTRAL = Spec(
     sliding=Sliding(default=4096),
     keys=_keys,
     token_ids=_code_llama,
+    calibrates=True,
 )
 
 MIXTRAL = Spec(
@@ -66,6 +68,7 @@ MIXTRAL = Spec(
     kv_heads=8,
     keys=_keys,
     token_ids=_code_llama,
+    calibrates=True,
 )
 
 

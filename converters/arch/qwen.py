@@ -23,6 +23,7 @@ QWEN2 = Spec(
     kv_heads=32,
     sliding=_SLIDING,
     check=_plain_heads,
+    calibrates=True,
 )
 
 QWEN3 = Spec(
@@ -35,6 +36,7 @@ QWEN3 = Spec(
     sliding=_SLIDING,
     # There is no bias of the output projection in llama.cpp, and transformers switches all four together.
     requires=(Require("attention_bias", (False,), _NO_BIAS.format("qwen3"), False),),
+    calibrates=True,
 )
 
 _ALL_LAYERS = "llama.cpp needs experts in every layer of a qwen3moe model"
@@ -51,4 +53,5 @@ QWEN3_MOE = Spec(
         Require("decoder_sparse_step", (1,), _ALL_LAYERS, 1),
         Require("norm_topk_prob", (True,), "llama.cpp always normalizes the router's top weights", False),
     ),
+    calibrates=True,
 )

@@ -154,7 +154,7 @@ FAMILY_CASES = [
         "gemma3",
         "gemma3_text",
         {
-            "num_hidden_layers": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
             "head_dim": 32,
             "query_pre_attn_scalar": 32,
             "sliding_window": 32,
@@ -187,7 +187,13 @@ FAMILY_CASES = [
     Case(
         "deepseek-v2-lite",
         "deepseek_v2",
-        {**LATENT, "num_hidden_layers": 26, "q_lora_rank": None, "rope_parameters": LATENT_YARN},
+        {
+            **LATENT,
+            "num_hidden_layers": 26,
+            "first_k_dense_replace": 25,
+            "q_lora_rank": None,
+            "rope_parameters": LATENT_YARN,
+        },
     ),
     Case("deepseek-v3", "deepseek_v3", {**LATENT, **GROUPS}, torch.bfloat16),
     Case("deepseek-v3-yarn", "deepseek_v3", {**LATENT, **GROUPS, "rope_parameters": LATENT_YARN}),
@@ -228,8 +234,10 @@ def build(case: Case, folder: Path, vocab_size: int | None = None) -> None:
             # Large enough that attention is far from uniform and that every norm and bias counts.
             scale = 0.3 if name.endswith(("norm.weight", ".bias")) else 2.0 / weight.shape[-1] ** 0.5
             weight.normal_(0.0, scale)
-            if name.endswith("norm.weight"):
+            if name.endswith("norm.weight") and case.family != "gemma3_text":  # its code adds the 1
                 weight.add_(1.0)
+            elif name.endswith("post_feedforward_layernorm.weight"):
+                weight.sub_(0.9)  # ggml's GELU is a table of half-precision numbers: its part must be small
     model.to(case.dtype).save_pretrained(
         folder, max_shard_size="60KB" if case.shards else "1GB", save_original_format=not case.fused
     )
