@@ -27,7 +27,7 @@ from .forward import Collector, ForwardPass, model_tensors, product_shapes
 from .hessian import HessianWriter
 from .hf2gguf import load_sources
 from .plan import cpu_count
-from .safetensors_io import Checkpoint
+from .sources import open_checkpoint
 from .stream import progress_bar
 from .vocab import load_vocab
 
@@ -66,9 +66,15 @@ def calibrate(
     if not model_dir.is_dir():
         raise ModelError("no such folder", file=model_dir)
     family = family_of(model_dir)
+    if not family.spec.calibrates:
+        raise ModelError(
+            f"calibrate does not know the layers of {family.architecture}; convert it to bf16 and let llama.cpp's "
+            "llama-imatrix measure",
+            file=family.config.file,
+        )
     if options.ctx > family.context:
         raise ModelError(f"its context is {family.context} tokens, not {options.ctx}", file=family.config.file)
-    checkpoint = Checkpoint(model_dir)
+    checkpoint = open_checkpoint(model_dir, family.config)
     load_sources(family, checkpoint)  # refuses whatever hf2gguf refuses
     tensors = model_tensors(family, checkpoint)
     shapes, shared = product_shapes(family, tensors, options.process_output)

@@ -6,8 +6,10 @@ What goes where is decided here and in ``arch``; types, encoding and writing are
 from __future__ import annotations
 
 import logging
-from math import prod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import gguf
 import numpy as np
@@ -16,13 +18,16 @@ from numpy.typing import NDArray
 from ccq_format.errors import ModelError
 
 from .arch import Family, family_of
-from .arch.base import IGNORED_SUFFIXES, Wanted, resolve
+from .arch.base import Part, Wanted, resolve
 from .plan import LoadRows, Plan, QuantOptions, TensorSource
-from .safetensors_io import Checkpoint, StoredTensor
+from .safetensors_io import Checkpoint, DecodedTensor, Weights
+from .sources import open_checkpoint
 from .stream import write_model
 from .vocab import Vocab, load_vocab
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T", bound=np.generic)
 
 _FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
@@ -49,7 +54,7 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
         raise ModelError("no such folder", file=model_dir)
     family = family_of(model_dir)
     # The tensors' shapes come first: they vouch for the sizes in the config before anything is built by them.
-    checkpoint = Checkpoint(model_dir)
+    checkpoint = open_checkpoint(model_dir, family.config)
     sources = load_sources(family, checkpoint)
     vocab = load_vocab(model_dir, family.vocab_size)
 
@@ -63,7 +68,7 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
         sources=sources,
         options=options,
         progress=progress,
-        files=[model_dir / "config.json", *sorted({tensor.path for tensor in checkpoint})],
+        files=[model_dir / "config.json", *checkpoint.files],
     )
 
 
@@ -76,10 +81,11 @@ def load_sources(family: Family, checkpoint: Checkpoint) -> list[TensorSource]:
 
     Raises ``ModelError`` for a tensor that is missing, unexpected, or of a wrong shape or type.
     """
-    last = f"model.layers.{family.layers - 1}.input_layernorm.weight"
+    stored = frozenset(t.name for t in checkpoint)
+    end = family.layers - 1
+    last = next(family.spec.layer[0].tensors(family, f"model.layers.{end}", end, stored)).parts[0].name
     if last not in checkpoint:  # also keeps an absurd layer count from filling the memory
         raise ModelError(f"is missing; the config has {family.layers} layers", file=checkpoint.model_dir, tensor=last)
-    stored = frozenset(t.name for t in checkpoint)
     used = set()
     if repeats_embedding(family, checkpoint):
         log.info("lm_head.weight repeats model.embed_tokens.weight and is left out")
@@ -90,17 +96,20 @@ def load_sources(family: Family, checkpoint: Checkpoint) -> list[TensorSource]:
         sources.append(make_source(name, wanted, checkpoint))
         used.update(part.name for part in wanted.parts)
     for tensor in checkpoint:
-        if tensor.name not in used and not tensor.name.endswith(IGNORED_SUFFIXES):
+        if tensor.name not in used and not family.is_ignored(tensor.name):
             raise ModelError(
                 f"is unexpected: a {family.architecture} with this config has no such tensor",
                 file=tensor.path,
                 tensor=tensor.name,
             )
-    factors = family.rope.frequency_factors(family.head_dim)
-    if factors is not None:
-        name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
-        sources.append(TensorSource(name, factors.shape, lambda start, stop: factors[None, :][start:stop], "f32"))
+    for name, values in family.rope.factors(family.rotary_dim).items():
+        sources.append(_constant(name, values))
     return sources
+
+
+def _constant(name: str, values: NDArray[np.float32]) -> TensorSource:
+    """A 1-D tensor that is no part of the checkpoint."""
+    return TensorSource(name, values.shape, lambda start, stop: values[None, :][start:stop], "f32")
 
 
 def repeats_embedding(family: Family, checkpoint: Checkpoint) -> bool:
@@ -114,7 +123,7 @@ def repeats_embedding(family: Family, checkpoint: Checkpoint) -> bool:
     a, b = checkpoint[embedding], checkpoint[output]
     equal = a.shape == b.shape and len(a.shape) == 2
     if equal:
-        step = max(1, _COMPARED_ROWS // max(1, a.row_len))
+        step = max(1, _COMPARED_ROWS // max(1, a.shape[-1]))
         for start in range(0, a.shape[0], step):
             stop = min(a.shape[0], start + step)
             if not np.array_equal(a.rows(start, stop), b.rows(start, stop)):
@@ -127,7 +136,7 @@ def repeats_embedding(family: Family, checkpoint: Checkpoint) -> bool:
 
 def make_source(name: str, wanted: Wanted, checkpoint: Checkpoint) -> TensorSource:
     """``wanted`` as the tensor ``name``.  Raises ``ModelError`` if a part is missing or of a wrong shape or type."""
-    segments: list[tuple[StoredTensor, int, int]] = []
+    segments: list[_Segment] = []
     for part in wanted.parts:
         if part.name not in checkpoint:
             raise ModelError("is missing", file=checkpoint.model_dir, tensor=part.name)
@@ -138,27 +147,73 @@ def make_source(name: str, wanted: Wanted, checkpoint: Checkpoint) -> TensorSour
                 file=tensor.path,
                 tensor=part.name,
             )
-        segments.append((tensor, part.first, part.rows or prod(part.shape[:-1])))
-    types = sorted({tensor.type_name for tensor, _, _ in segments})
-    load = _stacked(segments)
+        segments.append(_Segment(tensor, part))
+    types = sorted({segment.tensor.type_name for segment in segments})
+    load = _stacked([(segment.rows, segment.count) for segment in segments])
+    raw = None
+    if len(types) == 1 and not wanted.heads and not wanted.shift and all(segment.has_raw for segment in segments):
+        raw = _stacked([(segment.raw, segment.count) for segment in segments])
     if wanted.heads:
         load = _interleaved(load, wanted.shape, wanted.heads)
-    return TensorSource(name, wanted.shape, load, types[0] if len(types) == 1 else "f32")
+    if wanted.shift:
+        load = _shifted(load, wanted.shift)
+    return TensorSource(name, wanted.shape, load, types[0] if len(types) == 1 else "f32", raw)
 
 
-def _stacked(segments: list[tuple[StoredTensor, int, int]]) -> LoadRows:
-    """Rows of several tensors one below the other: ``(tensor, first row, rows)`` each."""
+@dataclass(frozen=True)
+class _Segment:
+    """What a part takes of its tensor."""
 
-    def load(start: int, stop: int) -> NDArray[np.float32]:
+    tensor: Weights
+    part: Part
+
+    @property
+    def count(self) -> int:
+        return self.part.count
+
+    @property
+    def has_raw(self) -> bool:
+        """Whether its rows can be had in the bytes of a GGUF type, unchanged."""
+        plain = not (self.part.transposed or self.part.of_columns)
+        return plain and isinstance(self.tensor, DecodedTensor) and self.tensor.raw is not None
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        part = self.part
+        if part.transposed:
+            low, high = part.offset + start * part.step, part.offset + (stop - 1) * part.step + 1
+            return self.tensor.columns(low, high, part.first, part.rows)[:, :: part.step].T
+        if part.of_columns:
+            return self.tensor.rows(part.first + start, part.first + stop)[:, part.offset :: part.step]
+        return self.tensor.rows(*self._span(start, stop))[:: part.step]
+
+    def raw(self, start: int, stop: int) -> NDArray[np.uint8]:
+        assert isinstance(self.tensor, DecodedTensor)
+        assert self.tensor.raw is not None
+        return self.tensor.raw(*self._span(start, stop))[:: self.part.step]
+
+    def _span(self, start: int, stop: int) -> tuple[int, int]:
+        base = self.part.first + self.part.offset
+        return base + start * self.part.step, base + (stop - 1) * self.part.step + 1
+
+
+def _stacked(segments: list[tuple[Callable[[int, int], NDArray[_T]], int]]) -> Callable[[int, int], NDArray[_T]]:
+    """Rows of several loaders one below the other: ``(loader, rows)`` each."""
+
+    def load(start: int, stop: int) -> NDArray[_T]:
         parts, at = [], 0
-        for tensor, first, rows in segments:
+        for rows_of, rows in segments:
             low, high = max(start, at), min(stop, at + rows)
             if low < high:
-                parts.append(tensor.rows(first + low - at, first + high - at))
+                parts.append(rows_of(low - at, high - at))
             at += rows
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return load
+
+
+def _shifted(load: LoadRows, shift: float) -> LoadRows:
+    """Rows with a number added, as the model's own code does it."""
+    return lambda start, stop: load(start, stop) + np.float32(shift)
 
 
 def row_order(rows: int, heads: int) -> NDArray[np.int64]:

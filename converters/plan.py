@@ -25,10 +25,10 @@ from .mixtures import MIXTURES, MixtureScheme
 PLAIN_TYPES: dict[str, tuple[int, int]] = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34)}
 """The stock types that are sources and targets: weights per block, bytes per block."""
 
-STOCK_TYPES: dict[str, tuple[int, int]] = {**PLAIN_TYPES, "q4_0": (32, 18), "q5_0": (32, 22)}
-"""All stock types that we write.  Of the small ones gguf can quantize, these two are a step above CCQ_T3 and leave less
-error than q4_1 and q5_1, which are larger (Gaussian weights, relative squared error: q4_0 0.0074, q4_1 0.0061, q5_0
-0.0018, q5_1 0.0014)."""
+STOCK_TYPES: dict[str, tuple[int, int]] = {**PLAIN_TYPES, "q4_0": (32, 18), "q5_0": (32, 22), "mxfp4": (32, 17)}
+"""All stock types that we write; mxfp4 keeps what gpt-oss is published in.  Of the small ones gguf can quantize, q4_0
+and q5_0 are a step above CCQ_T3 and leave less error than q4_1 and q5_1, which are larger (Gaussian weights, relative
+squared error: q4_0 0.0074, q4_1 0.0061, q5_0 0.0018, q5_1 0.0014)."""
 
 FLOAT_TYPES = ("f32", "f16", "bf16")
 

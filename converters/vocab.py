@@ -67,11 +67,13 @@ def load_vocab(model_dir: Path, vocab_size: int) -> Vocab:
     model_path, json_path = model_dir / "tokenizer.model", model_dir / "tokenizer.json"
     config_path = model_dir / "tokenizer_config.json"
     config = read_json(config_path) if config_path.is_file() else {}
+    tokenizer = read_json(json_path) if json_path.is_file() else None
     if model_path.is_file():
-        return _checked(model_path, _sentencepiece(model_path, config, vocab_size))
-    if not json_path.is_file():
+        vocab = _sentencepiece(model_path, config, vocab_size)
+        _settle_bos(vocab, json_path, tokenizer, config)
+        return _checked(model_path, vocab)
+    if tokenizer is None:
         raise ModelError("holds no tokenizer.model and no tokenizer.json", file=model_dir)
-    tokenizer = read_json(json_path)
     model = tokenizer.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, dict) else None
@@ -79,7 +81,38 @@ def load_vocab(model_dir: Path, vocab_size: int) -> Vocab:
     if model.get("type", "BPE") != "BPE":
         raise ModelError(f"only BPE tokenizers can be converted, this is {model['type']!r}", file=json_path)
     load = _sentencepiece_json if model.get("byte_fallback") else _byte_level
-    return _checked(json_path, load(json_path, tokenizer, config, vocab_size))
+    vocab = load(json_path, tokenizer, config, vocab_size)
+    _settle_bos(vocab, json_path, tokenizer, config)
+    return _checked(json_path, vocab)
+
+
+def _settle_bos(vocab: Vocab, path: Path, tokenizer: dict[str, Any] | None, config: dict[str, Any]) -> None:
+    """Say that no BOS goes before the text where llama.cpp would add one and transformers does not.
+
+    With a tokenizer.json (at ``path``), its post-processor adds what is added.  transformers 5 says it nowhere else;
+    an ``add_bos_token`` of older files still counts.
+    """
+    if tokenizer is None:
+        return
+    adds, stated = _adds_bos(tokenizer), config.get("add_bos_token")
+    if isinstance(stated, bool):
+        if stated != adds:
+            log.warning(
+                "%s: adds %s BOS; taken is 'add_bos_token' in tokenizer_config.json", path, "a" if adds else "no"
+            )
+    elif not adds and (vocab.model == "llama" or vocab.pre in ADDS_BOS):
+        vocab.special.add_special_token["bos"] = False
+
+
+def _adds_bos(tokenizer: dict[str, Any]) -> bool:
+    """Whether the post-processor of a tokenizer.json puts a special token before the text."""
+    for step in _steps(tokenizer.get("post_processor"), "processors"):
+        single = step.get("single") if step.get("type") == "TemplateProcessing" else None
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            return True
+        if isinstance(single, list) and single and isinstance(single[0], dict) and "SpecialToken" in single[0]:
+            return True
+    return False
 
 
 def _checked(path: Path, vocab: Vocab) -> Vocab:
@@ -328,7 +361,4 @@ def _byte_level(path: Path, tokenizer: dict[str, Any], config: dict[str, Any], v
             )
     _apply_added(path, added, tokens, types, None)
     special = _special(path.parent, load_merges=True, n_vocab=vocab_size)
-    if pre in ADDS_BOS:
-        # llama.cpp would add a BOS for these names; transformers does so only where a template says it.
-        special.add_special_token.setdefault("bos", False)
     return Vocab("gpt2", pre, tokens, types, None, special, prefix)

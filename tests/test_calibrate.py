@@ -511,6 +511,9 @@ def test_unusable_input(tmp_path: Path) -> None:
     text.write_bytes(b"\xff\xff")
     with pytest.raises(EvalError, match="no UTF-8"):
         calibrate(folder, text, out)
+    build(Case("m", "olmo2", {"num_hidden_layers": 1}), tmp_path / "olmo2")
+    with pytest.raises(ModelError, match=r"does not know the layers of Olmo2ForCausalLM.*llama-imatrix"):
+        calibrate(tmp_path / "olmo2", HELDOUT, tmp_path / "never.gguf")
     with pytest.raises(ModelError, match="its context is 512 tokens, not 513"):
         calibrate(folder, HELDOUT, out, CalibrationOptions(ctx=513))
     with pytest.raises(ModelError, match="no such folder"):

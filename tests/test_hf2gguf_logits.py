@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
 from ccq_converters.plan import QuantOptions
 
-from .upstream_diff.models import CASES, EXAMPLE, EXTRA_CASES, Case, build
+from .upstream_diff.models import CASES, EXAMPLE, EXTRA_CASES, FAMILY_CASES, Case, build
 
 N_TOKENS = 96
 """Longer than the 64 positions of the scaled models' original context."""
@@ -44,7 +45,7 @@ def in_transformers(folder: Path, tokens: list[int]) -> np.ndarray:
         return log_probabilities(model(torch.tensor([tokens])).logits[0].numpy())
 
 
-@pytest.mark.parametrize("case", CASES + EXTRA_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + FAMILY_CASES + EXTRA_CASES, ids=lambda case: case.name)
 def test_log_probabilities(case: Case, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     build(case, folder)
@@ -56,6 +57,20 @@ def test_log_probabilities(case: Case, tmp_path: Path) -> None:
     # A model whose predictions hardly move would hide a wrong rotation.
     assert theirs.std(axis=0).max() > 0.5
     assert np.abs(ours - theirs).max() <= TOLERANCE
+
+
+def test_rope_scaling_added_to_a_new_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What model cards ask for, put into a config.json of transformers 5: transformers takes it, with its own theta."""
+    folder = tmp_path / "model"
+    build(Case("m", "qwen3", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    convert(folder, tmp_path / "out.gguf", QuantOptions("f32"), progress=False)
+    tokens = np.random.default_rng(7).integers(3, 380, N_TOKENS).tolist()
+    ours, theirs = in_llama_cpp(tmp_path / "out.gguf", tokens), in_transformers(folder, tokens)
+    assert np.abs(ours - theirs).max() <= TOLERANCE
+    assert "no longer 1000000.0" in caplog.text
 
 
 def test_bundled_model(tmp_path: Path) -> None:

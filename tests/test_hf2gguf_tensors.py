@@ -17,7 +17,7 @@ from ccq_converters.hf2gguf import convert
 from ccq_converters.plan import Plan, QuantOptions
 from ccq_format.gguf_io import open_model
 
-from .upstream_diff.models import EXAMPLE, LLAMA3_ROPE, MOE, QWEN_MOE, Case, build
+from .upstream_diff.models import EXAMPLE, GPT_OSS, LLAMA3_ROPE, MOE, QWEN_MOE, Case, build
 
 DRY = QuantOptions("f32", dry_run=True)
 
@@ -98,6 +98,70 @@ def test_stored_values_survive(dtype: torch.dtype, tmp_path: Path) -> None:
     convert(tmp_path, tmp_path / "out.gguf", QuantOptions("f32"), progress=False)
     got = next(t for t in open_model(tmp_path / "out.gguf").tensors if t.name == "output_norm.weight").data()
     np.testing.assert_array_equal(got[:6].view(np.uint32), special.float().numpy().view(np.uint32))
+
+
+def test_single_file_beside_an_old_index(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in transformers, model.safetensors counts, not the shards of an earlier save."""
+    build(Case("m", "llama", {"num_hidden_layers": 1}, shards=True), tmp_path / "model")
+    build(Case("m", "llama", {"num_hidden_layers": 1, "tie_word_embeddings": True}), tmp_path / "new")
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "model" / name).write_bytes((tmp_path / "new" / name).read_bytes())
+    convert(tmp_path / "model", tmp_path / "out.gguf", QuantOptions("f32"), progress=False)
+    stored = load_file(tmp_path / "new" / "model.safetensors")
+    tensors = {t.name: t for t in open_model(tmp_path / "out.gguf").tensors}
+    assert "output.weight" not in tensors
+    np.testing.assert_array_equal(tensors["token_embd.weight"].data(), stored["model.embed_tokens.weight"].numpy())
+    assert "model.safetensors.index.json: not read" in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model.model.", "model.language_model."])
+def test_other_prefixes(prefix: str, tmp_path: Path) -> None:
+    """A base model has no head and no ``model.``; models of several modalities have more in front."""
+    build(Case("m", "llama", {"num_hidden_layers": 1, "tie_word_embeddings": bool(prefix)}), tmp_path)
+    convert(tmp_path, tmp_path / "plain.gguf", QuantOptions("f32"), progress=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    renamed = {prefix + n.removeprefix("model."): t for n, t in tensors.items() if n != "lm_head.weight"}
+    save_file(renamed, tmp_path / "model.safetensors")
+    if not prefix:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
+    convert(tmp_path, tmp_path / "out.gguf", QuantOptions("f32"), progress=False)
+    plain = {t.name: t.data() for t in open_model(tmp_path / "plain.gguf").tensors if t.name != "output.weight"}
+    found = {t.name: t.data() for t in open_model(tmp_path / "out.gguf").tensors}
+    assert found.keys() == plain.keys()
+    assert all(np.array_equal(found[name], plain[name]) for name in plain)
+
+
+def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
+    """The published layout gives the same weights as transformers' own of the decoded model, and can be kept."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder = tmp_path / "model"
+    build(Case("m", "gpt_oss", {**GPT_OSS, "num_hidden_layers": 1}), folder)
+    packed = load_file(folder / "model.safetensors")
+    decoded = dict(packed)
+    rng = torch.Generator().manual_seed(3)
+    for name in [name for name in packed if name.endswith("_proj") and ".experts." in name]:
+        count, columns, rows = packed.pop(name).shape
+        blocks = torch.randint(0, 256, (count, rows, columns // 32, 16), generator=rng, dtype=torch.uint8)
+        scales = torch.randint(120, 130, (count, rows, columns // 32), generator=rng, dtype=torch.uint8)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        decoded[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    save_file(decoded, folder / "model.safetensors")
+    convert(folder, tmp_path / "decoded.gguf", QuantOptions("f32"), progress=False)
+    save_file(packed, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    convert(folder, tmp_path / "packed.gguf", QuantOptions("f32"), progress=False)
+    kept = QuantOptions("q8_0", overrides=[("_exps", "mxfp4")])
+    convert(folder, tmp_path / "kept.gguf", kept, progress=False)
+    expected = {t.name: t for t in open_model(tmp_path / "decoded.gguf").tensors}
+    for tensor in open_model(tmp_path / "packed.gguf").tensors:
+        np.testing.assert_array_equal(tensor.data(), expected[tensor.name].data(), tensor.name)
+    for tensor in open_model(tmp_path / "kept.gguf").tensors:
+        if tensor.name.endswith("_exps.weight"):
+            assert tensor.type_name == "mxfp4"
+            np.testing.assert_array_equal(tensor.dequantize(), expected[tensor.name].data(), tensor.name)
 
 
 def test_memory(tmp_path: Path) -> None:

@@ -116,6 +116,26 @@ def test_sentencepiece_like(scheme: str, with_normalizer: bool, tmp_path: Path) 
     assert max(len(ids) for ids in got) > 5
 
 
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("keep_model", [True, False])
+def test_bos_of_a_saved_tokenizer(adds: bool, keep_model: bool, tmp_path: Path) -> None:
+    """transformers 5 says in tokenizer.json's post-processor only whether a BOS goes before the text."""
+    import transformers
+
+    folder = tmp_path / "model"
+    build(Case("m", "llama", {"num_hidden_layers": 1}), folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, add_bos_token=adds)
+    if not keep_model:
+        (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    tokenizer.save_pretrained(folder)
+    assert "add_bos_token" not in json.loads((folder / "tokenizer_config.json").read_text())
+    again = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    expected = again("A file.").input_ids
+    assert (expected[0] == 1) == adds
+    assert llama_cpp_ids(folder, tmp_path / "out.gguf", ["A file."]) == [expected]
+
+
 # --- the name of the pre-tokenizer ----------------------------------------------------------------------------------
 
 

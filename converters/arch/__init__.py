@@ -1,6 +1,6 @@
 """Model families: which Hugging Face architectures can be converted, and how.
 
-One module per family; each names the checkpoint's tensors with their shapes and what is special about the family.
+A family is a ``Spec``: data, composed of the blocks that its layers have in common with others.
 """
 
 from __future__ import annotations
@@ -9,17 +9,47 @@ from pathlib import Path
 
 from ccq_format.errors import ModelError
 
-from .base import Family
+from .base import Family, Spec
+from .cohere import COHERE2
 from .config import Config
-from .llama import Llama
-from .mistral import Mistral
-from .mixtral import Mixtral
-from .qwen2 import Qwen2
-from .qwen3 import Qwen3
-from .qwen3_moe import Qwen3Moe
+from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from .ernie import ERNIE4_5, ERNIE4_5_MOE
+from .gemma import GEMMA3
+from .glm import GLM4, GLM4_MOE
+from .gpt_oss import GPT_OSS
+from .llama import GRANITE, LLAMA, MISTRAL, MIXTRAL, SMOLLM3
+from .olmo import OLMO2, OLMOE
+from .phi import PHI3
+from .qwen import QWEN2, QWEN3, QWEN3_MOE
 
-FAMILIES: dict[str, type[Family]] = {f.architecture: f for f in (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3Moe)}
+FAMILIES: dict[str, Spec] = {
+    spec.architecture: spec
+    for spec in (
+        LLAMA,
+        MISTRAL,
+        MIXTRAL,
+        SMOLLM3,
+        GRANITE,
+        QWEN2,
+        QWEN3,
+        QWEN3_MOE,
+        GEMMA3,
+        PHI3,
+        OLMO2,
+        OLMOE,
+        GLM4,
+        GLM4_MOE,
+        COHERE2,
+        ERNIE4_5,
+        ERNIE4_5_MOE,
+        GPT_OSS,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
+    )
+}
 """Hugging Face architecture name -> family."""
+
+_SPECS = FAMILIES | {spec.base_architecture: spec for spec in FAMILIES.values()}
 
 
 def family_of(model_dir: Path) -> Family:
@@ -32,7 +62,7 @@ def family_of(model_dir: Path) -> Family:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise ModelError(f"'architectures' must name one architecture, it is {names!r}", file=config.file)
     try:
-        family = FAMILIES[names[0]]
+        spec = _SPECS[names[0]]
     except KeyError:
         known = ", ".join(sorted(FAMILIES))
         raise ModelError(
@@ -40,7 +70,7 @@ def family_of(model_dir: Path) -> Family:
             "makes a GGUF file that 'ccq-convert quantize' takes",
             file=config.file,
         ) from None
-    return family(config)
+    return Family(spec, config)
 
 
-__all__ = ["FAMILIES", "Config", "Family", "family_of"]
+__all__ = ["FAMILIES", "Config", "Family", "Spec", "family_of"]

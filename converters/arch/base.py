@@ -1,12 +1,14 @@
-"""What the model families share: configuration, metadata keys, and tensors described by name, shape and origin."""
+"""A model family as data (:class:`Spec`), and bound to one model's configuration (:class:`Family`): its metadata keys,
+and its tensors described by name, shape and origin."""
 
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from math import prod
+from typing import Protocol
 
 import gguf
 
@@ -21,16 +23,32 @@ IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attentio
 """Checkpoint tensors that are no weights: rotary tables and causal masks which older versions of transformers saved.
 llama.cpp computes both."""
 
+Flag = bool | str | tuple[str, bool]
+"""True, false, or the key of the config that says so (with what its absence means, else false)."""
+
 
 @dataclass(frozen=True)
 class Part:
-    """Rows ``first .. first + rows`` of the checkpoint tensor ``name``, seen as ``[prod(shape[:-1]), shape[-1]]``;
-    ``rows`` = 0 stands for all of them.  ``shape`` is what the whole checkpoint tensor must have."""
+    """Rows of the checkpoint tensor ``name``, which must have the shape ``shape``, seen as ``[prod(shape[:-1]),
+    shape[-1]]``: of ``first .. first + rows`` (``rows`` = 0: all) every ``step``-th from ``offset`` on.
+    ``transposed``: of the columns of these rows, which become rows.  ``of_columns``: of the columns, which stay so."""
 
     name: str
     shape: tuple[int, ...]
     first: int = 0
     rows: int = 0
+    step: int = 1
+    transposed: bool = False
+    of_columns: bool = False
+    offset: int = 0
+
+    @property
+    def count(self) -> int:
+        """Rows that it gives."""
+        taken = self.rows or prod(self.shape[:-1])
+        if self.of_columns:
+            return taken
+        return len(range(self.offset, self.shape[-1] if self.transposed else taken, self.step))
 
 
 @dataclass(frozen=True)
@@ -38,40 +56,126 @@ class Wanted:
     """One tensor of the GGUF file: ``parts`` one below the other, in ``shape``.
 
     ``hf_name`` is looked up in gguf's tensor name map.  ``heads`` > 0 means that the rows of each of ``heads`` heads
-    are reordered from transformers' rotary layout (first half, second half) to llama.cpp's (interleaved).
+    are reordered from transformers' rotary layout (first half, second half) to llama.cpp's (interleaved).  ``shift`` is
+    added to all values.
     """
 
     hf_name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     heads: int = 0
+    shift: float = 0.0
 
 
-def whole(name: str, *shape: int, heads: int = 0) -> Wanted:
-    """A checkpoint tensor that is taken as it is."""
-    return Wanted(name, shape, (Part(name, shape),), heads)
+def whole(name: str, *shape: int, heads: int = 0, shift: float = 0.0, stored: str | None = None) -> Wanted:
+    """A checkpoint tensor that is taken as it is; ``stored`` if it has another name there than gguf's map knows."""
+    return Wanted(name, shape, (Part(stored or name, shape),), heads, shift)
 
 
-class Family(ABC):
-    """Base of the families; an instance stands for one model's configuration.
+class Block(Protocol):
+    """A part of a decoder layer: norm, attention, feed-forward network."""
+
+    def check(self, family: Family) -> None:
+        """Raise ``ModelError`` for anything in the configuration that llama.cpp would silently ignore."""
+
+    def tensors(self, family: Family, prefix: str, layer: int, stored: frozenset[str]) -> Iterator[Wanted]:
+        """Its tensors in the layer ``prefix``; ``stored`` are the names in the checkpoint, which tell its style."""
+
+    def write(self, family: Family, writer: gguf.GGUFWriter) -> None:
+        """Add its metadata keys."""
+
+
+@dataclass(frozen=True)
+class Require:
+    """A key of the config that must have one of the values ``allowed``, and why."""
+
+    key: str
+    allowed: tuple[object, ...]
+    why: str
+    default: object = None
+
+    def check(self, config: Config) -> None:
+        """Raise ``ModelError`` if it has another one."""
+        value = config.raw.get(self.key)
+        value = self.default if value is None else value
+        if value not in self.allowed:
+            raise config.error(f"'{self.key}' is {value!r}; {self.why}")
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """Sliding windows in all layers but each ``every``-th, as llama.cpp has them in an architecture; 0: in none, so
+    that a window is worth a warning.  ``default`` is the window if the config does not mention one, ``switch`` a
+    boolean of the config that must be true for a window to count."""
+
+    every: int = 0
+    default: int | None = None
+    switch: str | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What distinguishes a family from others: defaults of its config class, its layers, what llama.cpp cannot do."""
+
+    architecture: str
+    """Hugging Face's name."""
+    model_arch: gguf.MODEL_ARCH
+    layer: tuple[Block, ...]
+    rotary_interleaved: bool = False
+    """Whether llama.cpp rotates neighbouring values (its ``LLAMA_ROPE_TYPE_NORM``) where transformers has halves."""
+    partial_rotary: float | None = None
+    """The part of a head that is rotated if the config does not say; ``None``: llama.cpp rotates whole heads."""
+    rope_types: frozenset[str] = frozenset({"default", "linear", "yarn", "dynamic"})
+    rope_layer_type: str | None = None
+    """Of RoPE parameters per layer type, the one that the others of the file are for."""
+    rope_free: frozenset[str] = frozenset()
+    """Options of yarn that llama.cpp reads in this architecture."""
+    rope_inexact: frozenset[str] = frozenset()
+    """Options of yarn that it does not read, at the price of small differences."""
+    theta: float = 10000.0
+    rms_eps: float = 1e-6
+    layer_norm: bool = False
+    """LayerNorm instead of RMSNorm."""
+    kv_heads: int | None = None
+    """If the config has none: this many; ``None`` = as many as attention heads."""
+    head_dim: int | None = None
+    """If the config has none; ``None`` = ``hidden / heads``."""
+    head_dim_always: bool = False
+    """Whether the config class fills in the size of heads: the file names it even if it is ``hidden / heads``."""
+    tied: bool = False
+    """Whether the output matrix is the embedding if the config does not say."""
+    norm_shift: float = 0.0
+    """What the norms' code adds to their weights."""
+    sliding: Sliding = Sliding()
+    activation: tuple[str, ...] = ("silu", "swish")
+    activation_key: str = "hidden_act"
+    requires: tuple[Require, ...] = ()
+    check: Callable[[Family], None] | None = None
+    keys: Callable[[Family, gguf.GGUFWriter], None] | None = None
+    """Adds further metadata keys."""
+    token_ids: Callable[[Family], dict[str, int]] | None = None
+    """Special tokens (kind: id) that no file of the model names."""
+    ignored: str | None = None
+    """Names (a regular expression) of tensors that llama.cpp has no use for."""
+    calibrates: bool = False
+    """Whether ``calibrate`` knows how transformers' layers of the family compute."""
+    skips_mtp: bool = False
+    """Whether layers behind the last one, for the prediction of several tokens, may be there; they are left out."""
+
+    @property
+    def base_architecture(self) -> str:
+        """The name of the model without its head, such as ``LlamaModel``."""
+        return self.architecture.replace("ForCausalLM", "Model")
+
+
+class Family:
+    """A family for one model's configuration.
 
     Raises ``ModelError`` on construction for anything in the configuration that llama.cpp would silently ignore.
     """
 
-    architecture: ClassVar[str]
-    """Hugging Face's name."""
-    model_arch: ClassVar[gguf.MODEL_ARCH]
-    rotary_interleaved: ClassVar[bool] = False
-    """Whether llama.cpp rotates neighbouring values in this architecture (its ``LLAMA_ROPE_TYPE_NORM``)."""
-    default_theta: ClassVar[float] = 10000.0
-    default_rms_eps: ClassVar[float] = 1e-6
-    default_kv_heads: ClassVar[int | None] = None
-    """If the config has none: this many; ``None`` = as many as attention heads."""
-    default_window: ClassVar[int | None] = None
-    """Sliding window if the config does not mention one."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, spec: Spec, config: Config) -> None:
+        self.spec, self.config = spec, config
         self.layers = config.integer("num_hidden_layers")
         self.context = config.integer("max_position_embeddings")
         self.hidden = config.integer("hidden_size")
@@ -79,37 +183,46 @@ class Family(ABC):
         self.vocab_size = config.integer("vocab_size")
         self.heads = config.integer("num_attention_heads")
         self.kv_heads = config.integer("num_key_value_heads", default=self._default_kv_heads())
-        self.rms_eps = config.number("rms_norm_eps", self.default_rms_eps)
-        self.tied = config.boolean("tie_word_embeddings", False)
-        self.head_dim = config.integer("head_dim", default=self._default_head_dim())
-        self.rope = Rope.read(config, self.default_theta, self.context)
+        self.norm_eps = config.number("layer_norm_eps" if spec.layer_norm else "rms_norm_eps", spec.rms_eps)
+        self.tied = config.boolean("tie_word_embeddings", spec.tied)
+        self.head_dim = config.integer("head_dim", default=spec.head_dim or self.hidden // self.heads)
+        self.rope = Rope.read(
+            config,
+            spec.theta,
+            self.context,
+            spec.partial_rotary,
+            layer_type=spec.rope_layer_type,
+            free=spec.rope_free,
+            inexact=spec.rope_inexact,
+        )
         self._check()
 
     def _default_kv_heads(self) -> int:
-        if "num_key_value_heads" not in self.config.raw and self.default_kv_heads is not None:
-            return self.default_kv_heads
+        if "num_key_value_heads" not in self.config.raw and self.spec.kv_heads is not None:
+            return self.spec.kv_heads
         return self.heads
 
-    def _default_head_dim(self) -> int:
-        return self.hidden // self.heads
-
     def _check(self) -> None:
-        config = self.config
-        if config.raw.get("quantization_config"):
-            raise config.error("the checkpoint is already quantized ('quantization_config'); take the original weights")
-        activation = config.raw.get("hidden_act", "silu")
-        if activation not in ("silu", "swish"):
-            raise config.error(f"the activation {activation!r} is not supported: llama.cpp computes silu here")
+        config, spec = self.config, self.spec
+        Require(
+            spec.activation_key, spec.activation, f"llama.cpp computes {spec.activation[0]} here", spec.activation[0]
+        ).check(config)
         if self.heads % self.kv_heads:
             raise config.error(f"{self.heads} attention heads cannot share {self.kv_heads} key-value heads")
-        if "head_dim" not in config.raw and self.hidden % self.heads:
+        if "head_dim" not in config.raw and spec.head_dim is None and self.hidden % self.heads:
             raise config.error(f"'hidden_size' {self.hidden} is no multiple of {self.heads} heads")
         if self.head_dim % 2:
             raise config.error(f"'head_dim' {self.head_dim} is odd, so that it cannot be rotated")
-        if self.rope.type == "llama3" and self.model_arch != gguf.MODEL_ARCH.LLAMA:
-            raise config.error(f"llama.cpp has no llama3 RoPE scaling in {self.arch_name} models")
-        window = self._window()
-        if window is not None and window < self.context:
+        if self.rope.type not in spec.rope_types:
+            raise config.error(f"llama.cpp has no {self.rope.type} RoPE scaling in {self.arch_name} models")
+        for require in spec.requires:
+            require.check(config)
+        for block in spec.layer:
+            block.check(self)
+        if spec.check is not None:
+            spec.check(self)
+        window = self.window()
+        if window is not None and window < self.context and not spec.sliding.every:
             log.warning(
                 "%s: llama.cpp has no sliding window attention (%d tokens) in %s models: beyond it, results differ "
                 "from transformers",
@@ -118,19 +231,42 @@ class Family(ABC):
                 self.arch_name,
             )
 
-    def _window(self) -> int | None:
+    def window(self) -> int | None:
+        """Tokens of the sliding window, if the model has one."""
+        sliding = self.spec.sliding
+        if sliding.switch is not None and not self.config.boolean(sliding.switch, False):
+            return None
         if self.config.raw.get("use_sliding_window") is False:
             return None
         if "sliding_window" not in self.config.raw:
-            return self.default_window
-        if self.config.raw["sliding_window"] is None:
-            return None
-        return self.config.integer("sliding_window")
+            return sliding.default
+        return None if self.config.raw["sliding_window"] is None else self.config.integer("sliding_window")
+
+    def flag(self, flag: Flag) -> bool:
+        """The value of a flag.  Raises ``ModelError`` if the config's is no boolean."""
+        if isinstance(flag, bool):
+            return flag
+        return self.config.boolean(*((flag, False) if isinstance(flag, str) else flag))
+
+    @property
+    def architecture(self) -> str:
+        """Hugging Face's name."""
+        return self.spec.architecture
+
+    @property
+    def model_arch(self) -> gguf.MODEL_ARCH:
+        """gguf's number of the architecture."""
+        return self.spec.model_arch
 
     @property
     def arch_name(self) -> str:
         """``general.architecture``."""
         return gguf.MODEL_ARCH_NAMES[self.model_arch]
+
+    @property
+    def rotary_dim(self) -> int:
+        """Values of a head that are rotated."""
+        return int(self.head_dim * self.rope.partial)
 
     # --- tensors ----------------------------------------------------------------------------------------------------
 
@@ -138,69 +274,16 @@ class Family(ABC):
         """All tensors of the model; ``stored`` are the names in the checkpoint, which tell its naming style."""
         yield whole("model.embed_tokens.weight", self.vocab_size, self.hidden)
         for layer in range(self.layers):
-            yield from self.layer(f"model.layers.{layer}", stored)
-        yield whole("model.norm.weight", self.hidden)
-        if not self.tied or "lm_head.weight" in stored:
+            for block in self.spec.layer:
+                yield from block.tensors(self, f"model.layers.{layer}", layer, stored)
+        yield whole("model.norm.weight", self.hidden, shift=self.spec.norm_shift)
+        if "lm_head.weight" in stored or not (self.tied or self.headless):
             yield whole("lm_head.weight", self.vocab_size, self.hidden)
 
-    def layer(self, prefix: str, stored: frozenset[str]) -> Iterator[Wanted]:
-        """The tensors of one decoder layer."""
-        yield whole(f"{prefix}.input_layernorm.weight", self.hidden)
-        yield from self.attention(f"{prefix}.self_attn")
-        yield whole(f"{prefix}.post_attention_layernorm.weight", self.hidden)
-        yield from self.feed_forward(prefix, stored)
-
-    def attention(self, prefix: str, *, qkv_bias: bool = False, out_bias: bool = False) -> Iterator[Wanted]:
-        """Query, key, value and output projections."""
-        query, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        for name, rows, heads in (("q", query, self.heads), ("k", kv, self.kv_heads), ("v", kv, 0)):
-            heads = heads if self.rotary_interleaved else 0
-            yield whole(f"{prefix}.{name}_proj.weight", rows, self.hidden, heads=heads)
-            if qkv_bias:
-                yield whole(f"{prefix}.{name}_proj.bias", rows, heads=heads)
-        yield whole(f"{prefix}.o_proj.weight", self.hidden, query)
-        if out_bias:
-            yield whole(f"{prefix}.o_proj.bias", self.hidden)
-
-    @abstractmethod
-    def feed_forward(self, prefix: str, stored: frozenset[str]) -> Iterator[Wanted]:
-        """The feed-forward tensors of the layer ``prefix``."""
-
-    def dense(self, prefix: str, *, bias: bool = False) -> Iterator[Wanted]:
-        """A gated feed-forward network."""
-        for name, rows, columns in (
-            ("gate", self.intermediate, self.hidden),
-            ("up", self.intermediate, self.hidden),
-            ("down", self.hidden, self.intermediate),
-        ):
-            yield whole(f"{prefix}.mlp.{name}_proj.weight", rows, columns)
-            if bias:
-                yield whole(f"{prefix}.mlp.{name}_proj.bias", rows)
-
-    def experts(
-        self, prefix: str, stored: frozenset[str], *, separate: str, names: tuple[str, str, str], count: int, width: int
-    ) -> Iterator[Wanted]:
-        """Expert matrices, stacked to ``[count, rows, columns]``.
-
-        ``separate`` is the name of one expert's matrix in the style with one tensor per expert, with ``{expert}`` and
-        ``{name}`` (from ``names``: gate, up, down).  Transformers 5 can also save its own layout: gate and up fused
-        to ``[count, 2 * width, hidden]``, and down, under ``mlp.experts``.
-        """
-        fused = f"{prefix}.mlp.experts.gate_up_proj"
-        down = f"{prefix}.mlp.experts.down_proj"
-        shapes = ((width, self.hidden), (width, self.hidden), (self.hidden, width))
-        kinds = ("gate_proj", "up_proj", "down_proj")
-        for which, (kind, name, shape) in enumerate(zip(kinds, names, shapes, strict=True)):
-            if fused not in stored:
-                parts = tuple(
-                    Part(f"{prefix}.{separate}.weight".format(expert=e, name=name), shape) for e in range(count)
-                )
-            elif kind == "down_proj":
-                parts = (Part(down, (count, *shape)),)
-            else:
-                whole_shape = (count, 2 * width, self.hidden)
-                parts = tuple(Part(fused, whole_shape, (2 * e + which) * width, width) for e in range(count))
-            yield Wanted(f"{prefix}.mlp.experts.{kind}.weight", (count, *shape), parts)
+    @property
+    def headless(self) -> bool:
+        """Whether this is a model without its output matrix, such as an embedding model's base."""
+        return bool(self.config.raw["architectures"] == [self.spec.base_architecture])
 
     # --- metadata ---------------------------------------------------------------------------------------------------
 
@@ -213,18 +296,59 @@ class Family(ABC):
         writer.add_head_count(self.heads)
         writer.add_head_count_kv(self.kv_heads)
         self.rope.write(writer)
-        writer.add_layer_norm_rms_eps(self.rms_eps)
-        if self.writes_head_dim():
+        if self.spec.layer_norm:
+            writer.add_layer_norm_eps(self.norm_eps)
+        else:
+            writer.add_layer_norm_rms_eps(self.norm_eps)
+        if self.spec.partial_rotary is not None:
+            writer.add_rope_dimension_count(self.rotary_dim)
+        self._write_window(writer)
+        for block in self.spec.layer:
+            block.write(self, writer)
+        if self.spec.keys is not None:
+            self.spec.keys(self, writer)
+        key = f"{self.arch_name}.attention.key_length"
+        if key not in writer.kv_data[0] and self._writes_head_dim():
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)
 
-    def writes_head_dim(self) -> bool:
+    def _write_window(self, writer: gguf.GGUFWriter) -> None:
+        """The window, and which layers have it where that is not llama.cpp's own pattern."""
+        every, window = self.spec.sliding.every, self.window()
+        if not every or window is None:
+            return
+        writer.add_sliding_window(window)
+        types = self.config.raw.get("layer_types")
+        if types is None:
+            stated = self.config.integer("sliding_window_pattern", "_sliding_window_pattern", default=every)
+            types = ["sliding_attention" if (i + 1) % stated else "full_attention" for i in range(self.layers)]
+        if not isinstance(types, list) or len(types) != self.layers:
+            raise self.config.error(f"'layer_types' must name {self.layers} layers")
+        if any(kind not in ("sliding_attention", "full_attention") for kind in types):
+            raise self.config.error(f"'layer_types' has one that is unknown: {sorted(set(map(str, types)))}")
+        if "sliding_attention" not in types:
+            raise self.config.error("no layer has the sliding window, which llama.cpp needs in this architecture")
+        slides = [kind == "sliding_attention" for kind in types]
+        if slides != [(i + 1) % every != 0 for i in range(self.layers)]:
+            writer.add_sliding_window_pattern(slides)
+
+    def _writes_head_dim(self) -> bool:
         """Whether the head size goes into the file; llama.cpp's default is ``hidden / heads``."""
-        return self.config.raw.get("head_dim") is not None or self.head_dim * self.heads != self.hidden
+        stated = self.config.raw.get("head_dim") is not None
+        return self.spec.head_dim_always or stated or self.head_dim * self.heads != self.hidden
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a checkpoint tensor is left out without a word."""
+        if name.endswith(IGNORED_SUFFIXES):
+            return True
+        if self.spec.ignored is not None and re.search(self.spec.ignored, name) is not None:
+            return True
+        layer = re.match(r"model\.layers\.(\d+)\.", name) if self.spec.skips_mtp else None
+        return layer is not None and int(layer[1]) >= self.layers
 
     def tokenizer_extras(self) -> dict[str, int]:
         """Special tokens (kind: id) that no file of the model names; by default none."""
-        return {}
+        return self.spec.token_ids(self) if self.spec.token_ids is not None else {}
 
 
 def resolve(family: Family, stored: frozenset[str]) -> Iterator[tuple[str, Wanted]]:

@@ -40,6 +40,11 @@ class Config:
             raise self.error(f"has no '{keys[0]}'")
         return default
 
+    def count(self, key: str) -> int:
+        """The number under ``key``, 0 if it is absent or null."""
+        value = self.raw.get(key)
+        return 0 if value is None or (value == 0 and not isinstance(value, bool)) else self.integer(key)
+
     def number(self, key: str, default: float) -> float:
         """The positive number under ``key``; null counts as absent."""
         return positive(self.raw.get(key), key, default, self)

@@ -39,40 +39,70 @@ class Rope:
     params: dict[str, Any]
     config: Config
     context: int
+    partial: float = 1.0
 
     @classmethod
-    def read(cls, config: Config, default_theta: float, context: int) -> Rope:
-        """Read either style from ``config``.  Raises ``ModelError`` for a type or option llama.cpp cannot do."""
+    def read(
+        cls,
+        config: Config,
+        default_theta: float,
+        context: int,
+        partial: float | None = None,
+        *,
+        layer_type: str | None = None,
+        theta_key: str = "rope_theta",
+        free: frozenset[str] = frozenset(),
+        inexact: frozenset[str] = frozenset(),
+    ) -> Rope:
+        """Read either style from ``config``.
+
+        ``partial`` is the part of a head that is rotated if the config does not say, ``None`` for families that rotate
+        whole heads; ``layer_type`` the type of layers in families with parameters for each; ``theta_key`` where the
+        base frequency is beside the parameters; ``free`` are options of yarn that llama.cpp reads, ``inexact`` those
+        whose other values are worth a warning only.
+
+        Raises ``ModelError`` for a type or option llama.cpp cannot do.
+        """
         raw = config.raw
-        params = raw.get("rope_parameters")
-        if params is None:
-            params = raw.get("rope_scaling")
-        if params is None:
-            params = {}
-        if not isinstance(params, dict):
-            raise config.error(f"the RoPE parameters must be an object, they are {params!r}")
+        params = _parameters(config, default_theta, layer_type)
         if any(isinstance(value, dict) for value in params.values()):
             raise config.error("RoPE parameters per layer type are not supported")
         kind = params.get("rope_type") or params.get("type") or "default"
-        if kind not in ("default", "linear", "yarn", "llama3", "dynamic"):
+        kind = "longrope" if kind == "su" else kind  # its first name
+        if kind not in ("default", "linear", "yarn", "llama3", "dynamic", "longrope"):
             raise config.error(f"the RoPE type {kind!r} is not supported")
         theta = params.get("rope_theta")
-        theta = positive(raw.get("rope_theta") if theta is None else theta, "rope_theta", default_theta, config)
-        partial = params.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-        if partial not in (None, 1, 1.0):
-            raise config.error(f"'partial_rotary_factor' {partial!r} is not supported: the family rotates whole heads")
-        rope = cls(kind, theta, params, config, context)
+        theta = positive(raw.get(theta_key) if theta is None else theta, theta_key, default_theta, config)
+        rotated = params.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+        if partial is None and rotated not in (None, 1, 1.0):
+            raise config.error(f"'partial_rotary_factor' {rotated!r} is not supported: the family rotates whole heads")
+        rotated = positive(rotated, "partial_rotary_factor", partial or 1.0, config)
+        if rotated > 1:
+            raise config.error(f"'partial_rotary_factor' is {rotated}, more than 1")
+        rope = cls(kind, theta, params, config, context, rotated)
         if kind == "dynamic":
             log.warning(
                 "%s: dynamic RoPE scaling is not represented in GGUF: beyond %d tokens results differ",
                 config.file,
                 context,
             )
+        elif kind == "longrope":
+            rope.long_factors(2)
         elif kind != "default":
             rope._positive("factor")
         if kind == "yarn":
             for key, value in _YARN_FIXED.items():
-                if params.get(key) not in (None, value):
+                if key in free or params.get(key) in (None, value):
+                    continue
+                if key in inexact:
+                    log.warning(
+                        "%s: yarn's '%s' is %r; llama.cpp's is %r, with small differences",
+                        config.file,
+                        key,
+                        params[key],
+                        value,
+                    )
+                else:
                     raise config.error(f"yarn's '{key}' must be {value!r}: llama.cpp has no other in these models")
         return rope
 
@@ -89,6 +119,13 @@ class Rope:
 
     def write(self, writer: gguf.GGUFWriter) -> None:
         """Add the ``{arch}.rope.*`` keys."""
+        if self.type == "longrope":
+            original = self._original_context(self.context)
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+            writer.add_rope_scaling_orig_ctx_len(original)
+            scale = self.context / original
+            factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+            writer.add_rope_scaling_attn_factors(self._positive("attention_factor", factor))
         if self.type == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(self._positive("factor"))
@@ -113,6 +150,30 @@ class Rope:
                 writer.add_rope_scaling_yarn_beta_slow(self._positive("beta_slow"))
         writer.add_rope_freq_base(self.theta)
 
+    def long_factors(self, rotary_dim: int) -> dict[str, NDArray[np.float32]]:
+        """longrope's divisors of the rotary frequencies for long and for short contexts, by gguf's tensor names.
+
+        Raises ``ModelError`` unless there are ``rotary_dim / 2`` numbers of each.
+        """
+        found = {}
+        for key, tensor in (
+            ("long_factor", gguf.MODEL_TENSOR.ROPE_FACTORS_LONG),
+            ("short_factor", gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT),
+        ):
+            values = self.params.get(key)
+            if not isinstance(values, list) or (rotary_dim > 2 and len(values) != rotary_dim // 2):
+                raise self.config.error(f"longrope's '{key}' must be {rotary_dim // 2} numbers, it is {values!r}")
+            numbers = [positive(value, key, None, self.config) for value in values]
+            found[gguf.TENSOR_NAMES[tensor] + ".weight"] = np.array(numbers, np.float32)
+        return found
+
+    def factors(self, rotary_dim: int) -> dict[str, NDArray[np.float32]]:
+        """Tensors of divisors of the rotary frequencies, float32 ``[rotary_dim / 2]`` each, by their GGUF names."""
+        if self.type == "longrope":
+            return self.long_factors(rotary_dim)
+        found = self.frequency_factors(rotary_dim)
+        return {} if found is None else {gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight": found}
+
     def frequency_factors(self, head_dim: int) -> NDArray[np.float32] | None:
         """Llama-3's divisors of the rotary frequencies, float32 ``[head_dim / 2]``; ``None`` for other types.
 
@@ -134,3 +195,32 @@ class Rope:
         between = np.float32(1) / ((np.float32(1) - smooth) / factor + smooth)
         factors = np.where(wavelength > original / low, factor, between)
         return np.where(wavelength < original / high, np.float32(1), factors).astype(np.float32)
+
+
+def _parameters(config: Config, default_theta: float, layer_type: str | None) -> dict[str, Any]:
+    """The config's RoPE parameters.
+
+    A ``rope_scaling`` that is not empty replaces ``rope_parameters`` altogether, as in transformers 5: the base
+    frequency in the latter is lost with it, unless ``rope_theta`` stands beside them.  Where there are parameters per
+    layer type it is for those of full attention, and adds to them.
+
+    Raises ``ModelError`` if one of them is no object.
+    """
+    new, old = (config.raw.get(key) for key in ("rope_parameters", "rope_scaling"))
+    for params in (new, old):
+        if params is not None and not isinstance(params, dict):
+            raise config.error(f"the RoPE parameters must be an object, they are {params!r}")
+    new, old = new or {}, old or {}
+    if layer_type is not None:
+        if any(isinstance(value, dict) or value is None for value in new.values()):
+            new = new.get(layer_type) or {}
+        return {**new, **old} if layer_type == "full_attention" else new
+    if new and old and new != old:
+        theta = old.get("rope_theta", config.raw.get("rope_theta", default_theta))
+        log.warning(
+            "%s: 'rope_scaling' replaces 'rope_parameters', as in transformers: the base frequency is %s%s",
+            config.file,
+            theta,
+            "" if new.get("rope_theta", theta) == theta else f", no longer {new['rope_theta']}",
+        )
+    return old or new

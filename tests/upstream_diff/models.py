@@ -48,6 +48,20 @@ CONFIG_CLASSES: dict[str, Callable[..., Any]] = {
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
     "qwen3_moe": transformers.Qwen3MoeConfig,
+    "smollm3": transformers.SmolLM3Config,
+    "granite": transformers.GraniteConfig,
+    "gemma3_text": transformers.Gemma3TextConfig,
+    "phi3": transformers.Phi3Config,
+    "olmo2": transformers.Olmo2Config,
+    "olmoe": transformers.OlmoeConfig,
+    "glm4": transformers.Glm4Config,
+    "glm4_moe": transformers.Glm4MoeConfig,
+    "cohere2": transformers.Cohere2Config,
+    "ernie4_5": transformers.Ernie4_5Config,
+    "ernie4_5_moe": transformers.Ernie4_5_MoeConfig,
+    "gpt_oss": transformers.GptOssConfig,
+    "deepseek_v2": transformers.DeepseekV2Config,
+    "deepseek_v3": transformers.DeepseekV3Config,
 }
 SPM_FAMILIES = ("llama", "mistral", "mixtral")
 
@@ -86,6 +100,106 @@ CASES = [
     Case("qwen3-moe", "qwen3_moe", {**QWEN_MOE, "head_dim": 32}, torch.bfloat16, shards=True),
     Case("qwen3-moe-fused", "qwen3_moe", {**QWEN_MOE}, fused=True),
 ]
+ERNIE_MOE = {
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_intermediate_size": 48,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1,
+    "tie_word_embeddings": False,
+}
+GLM_MOE = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "head_dim": 32,
+}
+LATENT = {
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
+LATENT_YARN = {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}
+GEMMA_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+}
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 32}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+FAMILY_CASES = [
+    Case("smollm3", "smollm3", {"num_hidden_layers": 5}),
+    Case(
+        "granite",
+        "granite",
+        {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+        },
+    ),
+    Case(
+        "gemma3",
+        "gemma3_text",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 32,
+            "rope_parameters": GEMMA_ROPE,
+        },
+    ),
+    Case("phi3", "phi3", {}),
+    Case(
+        "phi3-longrope",
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                **LONGROPE,
+                "long_factor": [1 + 0.5 * i for i in range(8)],
+                "short_factor": [1 + 0.1 * i for i in range(8)],
+            },
+        },
+    ),
+    Case("olmo2", "olmo2", {}),
+    Case("olmoe", "olmoe", {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
+    Case("glm4", "glm4", {"head_dim": 32}),
+    Case("glm4-moe", "glm4_moe", {**GLM_MOE, "use_qk_norm": True, "attention_bias": True}),
+    Case("cohere2", "cohere2", {"num_hidden_layers": 5, "sliding_window": 32, "logit_scale": 0.5}),
+    Case("ernie4_5", "ernie4_5", {"head_dim": 32}),
+    Case("ernie4_5-moe", "ernie4_5_moe", {**ERNIE_MOE}),
+    Case("ernie4_5-moe-fused", "ernie4_5_moe", {**ERNIE_MOE, "moe_num_shared_experts": 0}, fused=True),
+    Case("gpt-oss", "gpt_oss", {**GPT_OSS, "rope_parameters": {**YARN, "truncate": True}}),
+    Case("deepseek-v2", "deepseek_v2", {**LATENT}),
+    Case(
+        "deepseek-v2-lite",
+        "deepseek_v2",
+        {
+            **LATENT,
+            "num_hidden_layers": 26,
+            "first_k_dense_replace": 25,
+            "q_lora_rank": None,
+            "rope_parameters": LATENT_YARN,
+        },
+    ),
+    Case("deepseek-v3", "deepseek_v3", {**LATENT, **GROUPS}, torch.bfloat16),
+    Case("deepseek-v3-yarn", "deepseek_v3", {**LATENT, **GROUPS, "rope_parameters": LATENT_YARN}),
+]
+"""The other families, one or two cases each."""
+
 EXTRA_CASES = [
     Case("llama-yarn-attention-factor", "llama", {"rope_parameters": {**YARN, "attention_factor": 1.4}}),
     Case("llama-mha-default", "llama", {"num_key_value_heads": 4}),
@@ -108,6 +222,7 @@ def build(case: Case, folder: Path, vocab_size: int | None = None) -> None:
             "rms_norm_eps": 1e-5,
             "bos_token_id": 1 if spm else None,
             "eos_token_id": 2 if spm else 0,
+            "pad_token_id": None,
             "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0},
             **case.config,
         }
@@ -119,8 +234,10 @@ def build(case: Case, folder: Path, vocab_size: int | None = None) -> None:
             # Large enough that attention is far from uniform and that every norm and bias counts.
             scale = 0.3 if name.endswith(("norm.weight", ".bias")) else 2.0 / weight.shape[-1] ** 0.5
             weight.normal_(0.0, scale)
-            if name.endswith("norm.weight"):
+            if name.endswith("norm.weight") and case.family != "gemma3_text":  # its code adds the 1
                 weight.add_(1.0)
+            elif name.endswith("post_feedforward_layernorm.weight"):
+                weight.sub_(0.9)  # ggml's GELU is a table of half-precision numbers: its part must be small
     model.to(case.dtype).save_pretrained(
         folder, max_shard_size="60KB" if case.shards else "1GB", save_original_format=not case.fused
     )

@@ -1,0 +1,56 @@
+"""Checkpoints whose matrices are quantized already: each format decoded as its own library does, a few rows at a time.
+
+A format is a :class:`Format`; which one a checkpoint has, its config's ``quantization_config`` says.  Products of codes
+and scales are computed in float32 and not rounded to the checkpoint's bf16 or f16, as most libraries do in the end.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..arch.config import Config
+from ..safetensors_io import Checkpoint
+from . import awq, compressed, gptq, modelopt, mxfp4, scaled
+from .format import Format, Settings
+
+FORMATS: dict[str, Format] = {
+    "fp8": scaled.fp8,
+    "fbgemm_fp8": scaled.fbgemm,
+    "mxfp4": mxfp4.tensors,
+    "compressed-tensors": compressed.tensors,
+    "gptq": gptq.tensors,
+    "awq": awq.tensors,
+    "modelopt": modelopt.tensors,
+}
+"""``quant_method`` -> format."""
+
+_RUN_TIME = re.compile(
+    r"\.(input|output|activation|k|v|q|kv)_scale$|\.(gate_up_proj|down_proj)_activation_scale$|_proj\.[kv]_scale$"
+    r"|\.input_(global_scale|zero_point)$|\.self_attn\.[qkv]_zero_point$"
+)
+"""Scales of activations and of the KV cache: llama.cpp quantizes its own way."""
+
+
+def open_checkpoint(model_dir: Path, config: Config) -> Checkpoint:
+    """The tensors of ``model_dir``, quantized ones in the form of the matrices that they stand for.
+
+    Raises ``ModelError`` for a format that is unknown or damaged, and as ``Checkpoint`` does.
+    """
+    checkpoint = Checkpoint(model_dir)
+    raw = config.raw.get("quantization_config") or config.raw.get("compression_config")
+    if not raw:
+        return checkpoint
+    if not isinstance(raw, dict):
+        raise config.error(f"'quantization_config' must be an object, it is {raw!r}")
+    settings = Settings(raw, config)
+    method = raw.get("quant_method")
+    if method not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise config.error(f"the quantization {method!r} is not supported (supported: {known}); take other weights")
+    checkpoint.decode(list(FORMATS[method](settings, checkpoint)))
+    checkpoint.drop([tensor.name for tensor in checkpoint if _RUN_TIME.search(tensor.name)])
+    return checkpoint
+
+
+__all__ = ["FORMATS", "Format", "Settings", "open_checkpoint"]
