@@ -239,7 +239,11 @@ def quantize(in_file: Path, **settings: Any) -> None:
 
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text to run the model on.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text to run the model on.  [one that comes with this package: prose, code, dialogue, 28 languages]",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Importance file to write (GGUF).")
 @click.option("--ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window.")
 @click.option("--chunks", type=click.IntRange(min=1), help="Use only the first windows.  [all]")
@@ -265,19 +269,19 @@ def quantize(in_file: Path, **settings: Any) -> None:
 )
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
-def calibrate(model: Path, text: Path, output: Path, hessian: Path | None, **settings: Any) -> None:
+def calibrate(model: Path, text: Path | None, output: Path, hessian: Path | None, **settings: Any) -> None:
     """Measure how much each input channel of a model's matrices matters on a text.
 
     MODEL is a GGUF file of any architecture and type, CCQ types included, which llama.cpp runs; or a Hugging Face model
     folder, which is run by torch and transformers one layer at a time.  The result is an importance file for --imatrix,
     which llama.cpp's llama-quantize reads as well.
     """
-    from .calibrate import CalibrationOptions
+    from .calibrate import BUNDLED_TEXT, CalibrationOptions
     from .calibrate import calibrate as calibrate_folder
     from .collect import calibrate_file
 
     run = calibrate_folder if model.is_dir() else calibrate_file
-    result = run(model, text, output, CalibrationOptions(**settings), hessian=hessian)
+    result = run(model, text or BUNDLED_TEXT, output, CalibrationOptions(**settings), hessian=hessian)
     report = result.expert_report({name: entry.counts.size for name, entry in result.entries.items()})
     if report:
         click.echo(f"Warning: {report}", err=True)

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from ccq_format.errors import ImportanceError, ModelError
 from ccq_format.gguf_io import ModelWriter
@@ -35,12 +36,15 @@ from .evaluate import read_text
 from .graph import Ggml, Node
 from .hessian import HessianWriter
 from .llama import LlamaModel, library, load_plugin_for
-from .plan import _SMALL, VOCABULARY
+from .plan import _SMALL, VOCABULARY, cpu_count
 from .stream import progress_bar
 
 BATCH = 512
 """Tokens that llama.cpp evaluates at a time; its logits buffer has room for as many, whether they are computed or
 not."""
+
+_PANEL = 512
+"""Columns of a product that one thread computes at a time."""
 
 _FIRST_LOOK = 32
 """Tokens of the evaluation that only finds out which matrices there are."""
@@ -91,7 +95,7 @@ class _Input:
         """The names that get a Hessian: not those of routers and the like, which are never quantized."""
         return [name for name in self.names if not _SMALL.search(name)]
 
-    def add(self, x: F32, matrix: NDArray[np.integer[Any]] | None) -> None:
+    def add(self, x: F32, matrix: NDArray[np.integer[Any]] | None, pool: ThreadPoolExecutor) -> None:
         """Add inputs float32 ``[rows, width]``, given to the matrices ``matrix`` ``[rows, n]`` (``None``: there is but
         one).  Raises ``ImportanceError`` if one is not finite."""
         if matrix is None:
@@ -99,22 +103,36 @@ class _Input:
         else:
             shares = np.zeros((self.matrices, len(x)), np.float32)
             np.add.at(shares, (matrix, np.arange(len(x))[:, None]), 1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            squares = shares @ np.square(x)
-            if not np.isfinite(squares.sum()):
-                raise ImportanceError("the model's activations are not finite", tensor=self.names[0])
+        panels = [slice(start, start + _PANEL) for start in range(0, self.width, _PANEL)]
+
+        def square(panel: slice) -> F32:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return shares @ np.square(x[:, panel])
+
+        def multiply(task: tuple[F32, F32, slice]) -> None:
+            product, rows, panel = task
+            product[panel, panel.start :] += rows[:, panel].T @ rows[:, panel.start :]
+
+        squares = np.concatenate(list(pool.map(square, panels)), axis=1)
+        if not np.isfinite(squares).all():
+            raise ImportanceError("the model's activations are not finite", tensor=self.names[0])
         if not self.summed:
             self.squares += squares
             self.counts += shares.sum(axis=1, dtype=np.int64)
+        tasks = []
         for index, product in enumerate(self.products, self.span[0]):
             rows = x if matrix is None else np.repeat(x, shares[index].astype(np.int64), axis=0)
             if len(rows):
-                add_product(product, rows)
+                tasks += [(product, rows, panel) for panel in panels]
+        list(pool.map(multiply, tasks))
 
-
-def add_product(total: F32, x: F32) -> None:
-    """Add ``x^T x`` of float32 ``[rows, width]`` to ``total`` ``[width, width]``."""
-    total += x.T @ x
+    def product(self, index: int) -> F32:
+        """The whole of one of ``products``, of which only the part right of the diagonal's panels was computed."""
+        product: F32 = self.products[index]
+        for start in range(0, self.width, _PANEL):
+            stop = start + _PANEL
+            product[stop:, start:stop] = product[start:stop, stop:].T
+        return product
 
 
 class _Watch:
@@ -167,8 +185,9 @@ class _FirstLook(_Watch):
 class _Collect(_Watch):
     """Sums up the inputs ``wanted`` and ends the graph behind the last of them."""
 
-    def __init__(self, ggml: Ggml, process_output: bool, wanted: list[_Input]) -> None:
+    def __init__(self, ggml: Ggml, process_output: bool, wanted: list[_Input], pool: ThreadPoolExecutor) -> None:
         super().__init__(ggml, process_output)
+        self.pool = pool
         self.by_name = {name: entry for entry in wanted for name in entry.names}
         self.last = wanted[-1]
 
@@ -186,7 +205,7 @@ class _Collect(_Watch):
             if entry.address != node.src[1]:
                 raise ImportanceError(f"does not always have the inputs of '{entry.names[0]}'", tensor=name)
             return False
-        entry.add(*self._rows(name, entry, node, weight))
+        entry.add(*self._rows(name, entry, node, weight), self.pool)
         return entry is not self.last
 
     def _rows(self, name: str, entry: _Input, node: Node, weight: Node) -> tuple[F32, NDArray[np.integer[Any]] | None]:
@@ -285,15 +304,16 @@ _Pass = list[tuple[_Input, tuple[int, int]]]
 
 
 class _Calibration:
-    """A model in llama.cpp, the windows of the text, and a thread that evaluates them.
+    """A model in llama.cpp, the windows of the text, and the threads that evaluate them and that sum up.
 
-    In a thread of its own, because llama.cpp's call cannot be interrupted, and waiting for it can.
+    llama.cpp has a thread to itself, because its call cannot be interrupted, and waiting for it can.  The sums are
+    divided between threads of our own, NumPy's BLAS using one in each: its own threads go on spinning after a product,
+    which on a machine without spare cores slowed llama.cpp down to a third.
     """
 
     def __init__(self, path: Path, text: str | Sequence[int], options: CalibrationOptions, advance: Advance | None):
         self.options = options
         self.advance = advance
-        self.pool = ThreadPoolExecutor(1)
         self.model = model = LlamaModel(
             path,
             n_ctx=options.ctx,
@@ -303,6 +323,9 @@ class _Calibration:
             n_batch=BATCH,
             watch=_leave,
         )
+        self.runner = ThreadPoolExecutor(1)
+        self.pool = ThreadPoolExecutor(options.threads if options.threads > 0 else cpu_count())
+        self.blas = threadpool_limits(1, user_api="blas")
         try:
             if options.ctx > model.n_ctx_train:
                 raise ModelError(f"its context is {model.n_ctx_train} tokens, not {options.ctx}", file=path)
@@ -323,10 +346,12 @@ class _Calibration:
         self.model.watch = _leave
         while True:
             try:
-                self.pool.shutdown()
+                self.runner.shutdown()
                 break
             except KeyboardInterrupt:  # a second one must not free what still runs
                 continue
+        self.pool.shutdown()
+        self.blas.restore_original_limits()
         self.model.close()
 
     def _windows(self, text: str | Sequence[int]) -> NDArray[np.int64]:
@@ -360,7 +385,8 @@ class _Calibration:
         for part in passes:
             for entry, span in part:
                 entry.begin(span)
-            self.model.watch = _Collect(self.ggml, self.options.process_output, [entry for entry, _ in part])
+            wanted = [entry for entry, _ in part]
+            self.model.watch = _Collect(self.ggml, self.options.process_output, wanted, self.pool)
             for start in range(0, len(self.windows), self.model.n_seq):
                 windows = self.windows[start : start + self.model.n_seq]
                 self.model.clear()
@@ -373,7 +399,8 @@ class _Calibration:
             for entry, span in part:
                 entry.summed = True
                 if writer is not None:
-                    for matrix, product in enumerate(entry.products, span[0]):
+                    for matrix in range(*span):
+                        product = entry.product(matrix - span[0])
                         writer.write(entry.stored[0], product, int(entry.counts[matrix]), matrix)
                 entry.begin((0, 0))
 
@@ -383,7 +410,7 @@ class _Calibration:
         sequences = np.repeat(np.arange(count), length).tolist()
         positions = list(range(low, low + length)) * count
         # Outputs of all tokens are asked for, or llama.cpp would leave the others out of the last layer.
-        run = self.pool.submit(
+        run = self.runner.submit(
             self.model.decode, tokens.reshape(-1).tolist(), positions, sequences, [True] * tokens.size
         )
         run.result()

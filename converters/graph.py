@@ -138,9 +138,9 @@ class Ggml:
             return None
         nbytes = int(self._call["ggml_nbytes"](address))  # from the first value to the last, gaps included
         if self._call["ggml_backend_buffer_is_host"](node.buffer):
-            memory = (ctypes.c_char * nbytes).from_address(node.data)
+            memory = (ctypes.c_uint8 * nbytes).from_address(node.data)
         else:
-            memory = (ctypes.c_char * nbytes)()
+            memory = (ctypes.c_uint8 * nbytes)()
             self._call["ggml_backend_tensor_get"](address, memory, 0, nbytes)
-        flat = np.frombuffer(memory, dtype)
+        flat: NDArray[Any] = np.ctypeslib.as_array(memory).view(dtype)
         return as_strided(flat, tuple(node.ne)[::-1], tuple(node.nb)[::-1], writeable=False)
