@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from click.testing import CliRunner, Result
 
 from ccq_converters import collect, graph, imatrix, llama
 from ccq_converters.arch import family_of
-from ccq_converters.calibrate import CalibrationOptions, calibrate, load_windows
+from ccq_converters.calibrate import BUNDLED_TEXT, CalibrationOptions, calibrate, load_windows
 from ccq_converters.cli import main
 from ccq_converters.collect import calibrate_gguf
 from ccq_converters.dequantize import dequantize
@@ -158,6 +159,22 @@ def test_batches_do_not_matter(bundled: dict[str, Path], text: str, ctx: int, mo
     assert_close(calibrate_gguf(bundled["f32"], text, options), whole, 1e-4)
 
 
+def test_the_bundled_text(bundled: dict[str, Path], tmp_path: Path) -> None:
+    """It is taken where no text is named, and any part of it has prose, code, dialogue and several scripts."""
+    out = tmp_path / "i.gguf"
+    arguments = ["calibrate", bundled["f16"], "-o", out, "--chunks", 1, "--threads", 1]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    assert imatrix.load(out).datasets == [str(BUNDLED_TEXT)]
+    assert BUNDLED_TEXT.with_name("README.md").is_file()
+    text = BUNDLED_TEXT.read_text("utf-8")
+    assert len(text.encode()) > 400_000
+    for start in range(0, len(text) - 60_000, 60_000):
+        part = text[start : start + 60_000]
+        for sign in ("CELIA|ORLANDO|ROSALIND|OLIVER", "Assistant: ", "return ", "SQLite", "[\u0370-\ud7ff]{4}"):
+            assert re.search(sign, part), (start, sign)
+
+
 # --- memory, progress -----------------------------------------------------------------------------------------------
 
 
@@ -262,7 +279,7 @@ def test_unusable_input(bundled: dict[str, Path], text: str, tmp_path: Path) -> 
     (tmp_path / "h.safetensors").unlink()
     for arguments, reason in (
         ((tmp_path / "nowhere.gguf", out), "No such file"),
-        ((HELDOUT, out), "no GGUF file"),
+        ((HELDOUT, out), "not b'GGUF'"),
         ((model, out, "--hessian", out), "is to hold both"),
     ):
         result = run(*arguments)
