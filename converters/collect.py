@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,15 @@ class _Input:
     Each is a stack of ``matrices`` with rows of ``width``, ``indirect`` if ids choose among them (MUL_MAT_ID).
     ``squares``: float64 ``[matrices, width]``; ``counts``, of inputs: int64 ``[matrices]``; ``products``: float32
     ``[stop - start, width, width]`` of the matrices ``span`` = (start, stop).  ``summed``: squares and counts are
-    complete.  ``address`` is that of the tensor in the graph that is evaluated.
+    complete.  ``address`` is that of the tensor in the graph that is evaluated.  ``repeated``: the graph has several
+    such tensors, and one matrix that reads all of them (shared layers).
     """
 
     names: list[str]
     width: int
     matrices: int
     indirect: bool
+    repeated: bool = False
     span: tuple[int, int] = (0, 0)
     address: int = 0
     summed: bool = False
@@ -174,11 +177,12 @@ class _FirstLook(_Watch):
         return False
 
     def inputs(self) -> list[_Input]:
-        """A matrix that is used several times in the graph (shared layers) shares its inputs with no other."""
+        """A matrix that is used several times in the graph shares its inputs with no other."""
         out: dict[object, _Input] = {}
         for name, uses in self.uses.items():
-            key: object = uses[0] if len(uses) == 1 else name
-            out.setdefault(key, _Input([], *self.shapes[name])).names.append(name)
+            repeated = len(uses) > 1
+            key: object = name if repeated else uses[0]
+            out.setdefault(key, _Input([], *self.shapes[name], repeated)).names.append(name)
         return list(out.values())
 
 
@@ -189,7 +193,8 @@ class _Collect(_Watch):
         super().__init__(ggml, process_output)
         self.pool = pool
         self.by_name = {name: entry for entry in wanted for name in entry.names}
-        self.last = wanted[-1]
+        # Of a matrix that is used again it is not known where the last time is.
+        self.last = None if any(entry.repeated for entry in wanted) else wanted[-1]
 
     def __call__(self, address: int, ask: bool) -> bool:
         node = Node.from_address(address)
@@ -257,15 +262,16 @@ def calibrate_gguf(
     if options.gradients:
         raise ModelError("gradients need torch and the model's Hugging Face folder", file=model_path)
     load_plugin_for(model_path)
-    with _Calibration(model_path, text, options, advance) as run:
+    with ExitStack() as stack:
+        run = stack.enter_context(_Calibration(model_path, text, options, advance))
         inputs = run.first_look()
-        if hessian is None:
-            run.collect([[(entry, (0, 0)) for entry in inputs]])
-        else:
-            shapes, shared = _product_shapes(inputs)
-            with HessianWriter(hessian, shapes, shared, overwrite=options.overwrite) as writer:
-                writer.begin()
-                run.collect(list(_passes(inputs, options.memory or _free_memory())), writer)
+        passes: list[_Pass] = [[(entry, (0, 0)) for entry in inputs]]
+        writer = None
+        if hessian is not None:
+            passes = list(_passes(inputs, options.memory or _free_memory()))
+            writer = stack.enter_context(HessianWriter(hessian, *_product_shapes(inputs), overwrite=options.overwrite))
+            writer.begin()
+        run.collect(passes, writer)
         entries = {name: _entry(name, entry, model_path) for entry in inputs for name in entry.names}
         return imatrix.Importance(file, entries, list(datasets), len(run.windows), options.ctx)
 

@@ -444,6 +444,28 @@ def test_who_shares_inputs() -> None:
     assert [entry.names for entry in look.inputs()] == [["q", "k"], ["gate", "up"], ["down"], ["shared"], ["router"]]
 
 
+def test_a_matrix_that_is_used_again() -> None:
+    """Both of its inputs count, and the graph goes on behind it."""
+    x = RNG.standard_normal((2, 3, 64)).astype(np.float32)
+    with tensors() as made, ThreadPoolExecutor(2) as pool:
+        weight = made.name(made.new(F32, 64, 7), "blk.0.attn_q.weight")
+        inputs = [made.new(F32, 64, 3), made.new(F32, 64, 3)]
+        nodes = [made.call("mul_mat", made.context, weight, tensor) for tensor in inputs]
+        allocate(made)
+        ggml = graph.Ggml(llama.library().llama_cpp._lib)
+        look = collect._FirstLook(ggml, False)
+        for tensor, values, node in zip(inputs, x, nodes, strict=True):
+            made.fill(tensor, values)
+            assert not look(node, True)
+        (entry,) = look.inputs()
+        watch = collect._Collect(ggml, False, [entry], pool)
+        for node in nodes:
+            assert watch(node, True)
+            assert watch(node, False)
+    assert entry.counts.tolist() == [6]
+    np.testing.assert_allclose(entry.squares[0], np.square(x).sum(axis=(0, 1)), rtol=1e-6)
+
+
 def test_a_follower_with_other_inputs_is_an_error() -> None:
     """Should the graph of a batch differ from the one that was looked at first."""
     with tensors() as made:
