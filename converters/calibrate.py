@@ -32,7 +32,7 @@ from .stream import progress_bar
 from .vocab import load_vocab
 
 BUNDLED_TEXT = Path(__file__).parent / "data" / "calibration.txt"
-"""410 kB of prose, documentation, dialogue, code and 28 languages; any part of it is a mixture.  The README beside it
+"""350 kB of prose, documentation, dialogue, code and 28 languages; any part of it is a mixture.  The README beside it
 says what it is made of."""
 
 
