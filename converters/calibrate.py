@@ -31,12 +31,19 @@ from .sources import open_checkpoint
 from .stream import progress_bar
 from .vocab import load_vocab
 
+BUNDLED_TEXT = Path(__file__).parent / "data" / "calibration.txt"
+"""350 kB of prose, documentation, dialogue, code and 28 languages; any part of it is a mixture.  The README beside it
+says what it is made of."""
+
 
 @dataclass(frozen=True)
 class CalibrationOptions:
     """``chunks`` = ``None`` takes all windows of the text; ``threads`` <= 0 means one per CPU; ``process_output`` adds
     the output matrix; ``gradients`` adds the squares of the outputs' gradients, for three to four times the time and 4
-    bytes per token, hidden channel and layer (beyond 1 GiB of the disk)."""
+    bytes per token, hidden channel and layer (beyond 1 GiB of the disk).
+
+    Of GGUF files only (see ``collect``): ``memory``, bytes for the products, ``None`` half of what is free; ``exact``
+    sets llama.cpp's KV cache to f32 and its flash attention off."""
 
     ctx: int = 512
     chunks: int | None = None
@@ -44,6 +51,8 @@ class CalibrationOptions:
     process_output: bool = False
     gradients: bool = False
     overwrite: bool = False
+    memory: int | None = None
+    exact: bool = False
 
 
 def calibrate(
@@ -62,6 +71,8 @@ def calibrate(
     it is too short or activations are not finite, and ``OutputError``.
     """
     options = options or CalibrationOptions()
+    if options.memory is not None:
+        raise ModelError("a folder's layers come one at a time; --memory is for GGUF files", file=model_dir)
     torch, transformers = _packages(model_dir)
     if not model_dir.is_dir():
         raise ModelError("no such folder", file=model_dir)

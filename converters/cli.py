@@ -238,8 +238,12 @@ def quantize(in_file: Path, **settings: Any) -> None:
 
 
 @main.command()
-@click.argument("model_dir", type=click.Path(path_type=Path))
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text to run the model on.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text to run the model on.  [one that comes with this package: prose, code, dialogue, 28 languages]",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Importance file to write (GGUF).")
 @click.option("--ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window.")
 @click.option("--chunks", type=click.IntRange(min=1), help="Use only the first windows.  [all]")
@@ -249,24 +253,35 @@ def quantize(in_file: Path, **settings: Any) -> None:
     help="Also write the inputs' products X^T X for error feedback (safetensors): per matrix input, and per expert, "
     "4 * row length^2 bytes.",
 )
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=_size,
+    help="GGUF file only: memory for the products of --hessian (such as 8G). The text is run as often as it takes to "
+    "compute all of them in parts of that size.  [half of what is free]",
+)
 @click.option("--process-output", is_flag=True, help="Include the output matrix.")
 @click.option(
     "--gradients",
     is_flag=True,
-    help="Also measure how much the outputs of each matrix matter to the model's predictions: takes three to four "
-    "times as long, and 4 bytes of memory or disk per token, hidden channel and layer.",
+    help="Folder only: also measure how much the outputs of each matrix matter to the model's predictions: takes three "
+    "to four times as long, and 4 bytes of memory or disk per token, hidden channel and layer.",
 )
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
-def calibrate(model_dir: Path, text: Path, output: Path, hessian: Path | None, **settings: Any) -> None:
-    """Measure how much each input channel of a model's matrices matters on a text (needs torch and transformers).
+def calibrate(model: Path, text: Path | None, output: Path, hessian: Path | None, **settings: Any) -> None:
+    """Measure how much each input channel of a model's matrices matters on a text.
 
-    MODEL_DIR is a Hugging Face model folder.  The result is an importance file for --imatrix, which llama.cpp's
-    llama-quantize reads as well.  One layer's weights are in memory at a time.
+    MODEL is a GGUF file of any architecture and type, CCQ types included, which llama.cpp runs; or a Hugging Face model
+    folder, which is run by torch and transformers one layer at a time.  The result is an importance file for --imatrix,
+    which llama.cpp's llama-quantize reads as well.
     """
-    from . import calibrate as calibrator
+    from .calibrate import BUNDLED_TEXT, CalibrationOptions
+    from .calibrate import calibrate as calibrate_folder
+    from .collect import calibrate_file
 
-    result = calibrator.calibrate(model_dir, text, output, calibrator.CalibrationOptions(**settings), hessian=hessian)
+    run = calibrate_folder if model.is_dir() else calibrate_file
+    result = run(model, text or BUNDLED_TEXT, output, CalibrationOptions(**settings), hessian=hessian)
     report = result.expert_report({name: entry.counts.size for name, entry in result.entries.items()})
     if report:
         click.echo(f"Warning: {report}", err=True)

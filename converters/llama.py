@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,6 +55,9 @@ STOCK_FILE_TYPES = {
 }
 """The ``llama_ftype`` whose default type each type is (``llama_ftype_get_default_type``): the mixture IQ2_S is mostly
 IQ2_XS, and IQ2_M is the one built on IQ2_S."""
+
+Watch = Callable[[int, bool], bool]
+"""See ``LlamaModel``."""
 
 _error_lines: list[str] = []
 _callback: Any = None
@@ -149,6 +153,10 @@ class LlamaModel:
     ``n_ctx`` is the context length of each of ``n_seq`` parallel sequences.  All other settings are the defaults of
     llama.cpp's command-line tools: KV cache f16, flash attention where supported.  ``exact`` sets KV cache f32 and
     flash attention off instead.
+
+    ``watch``, if given, is the graph's evaluation callback: called with the address of each node and ``True``, it says
+    whether to stop there; stopped, it is called with ``False``, the node and its sources being computed, and says
+    whether to go on with the graph.  What it raises comes out of :meth:`decode`.  It may be replaced at any time.
     """
 
     def __init__(
@@ -159,8 +167,12 @@ class LlamaModel:
         n_seq: int = 1,
         threads: int = 0,
         exact: bool = False,
+        n_batch: int = _N_BATCH,
+        watch: Watch | None = None,
     ) -> None:
         self.path = os.fspath(path)
+        self.watch = watch
+        self._raised: BaseException | None = None
         self._lib = lib = library()
         self._ctx: Any = None
         self._model: Any = None
@@ -174,13 +186,15 @@ class LlamaModel:
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
         params.n_seq_max = n_seq
-        params.n_batch = self.n_batch = min(_N_BATCH, n_ctx * n_seq)
+        params.n_batch = self.n_batch = min(n_batch, n_ctx * n_seq)
         params.n_ubatch = _N_UBATCH
         params.n_threads = params.n_threads_batch = threads if threads > 0 else cpu_count()
         params.no_perf = True
         if exact:
             params.type_k = params.type_v = lib.GGML_TYPE_F32
             params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if watch is not None:
+            self._on_node = params.cb_eval = lib.ggml_backend_sched_eval_callback(self._visit)
         self._ctx = lib.llama_init_from_model(self._model, params)
         if not self._ctx:
             self.close()
@@ -192,6 +206,7 @@ class LlamaModel:
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
         self.adds_eos = bool(lib.llama_vocab_get_add_eos(self._vocab))
         self.bos = int(lib.llama_vocab_bos(self._vocab))
+        self.n_ctx_train = int(lib.llama_model_n_ctx_train(self._model))
 
     def __enter__(self) -> LlamaModel:
         return self
@@ -210,6 +225,15 @@ class LlamaModel:
         if self._model:
             self._lib.llama_model_free(self._model)
         self._batch = self._ctx = self._model = None
+
+    def _visit(self, node: int, ask: bool, _user_data: object) -> bool:
+        """What llama.cpp calls; ctypes would swallow an exception."""
+        try:
+            if self._raised is None and self.watch is not None:
+                return self.watch(node, ask)
+        except BaseException as error:
+            self._raised = error
+        return ask and self._raised is not None  # the shortest way out of the graph
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens in the text itself are not recognized."""
@@ -247,7 +271,10 @@ class LlamaModel:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = sequences[i]
             batch.logits[i] = outputs[i]
+        self._raised = None
         status = self._lib.llama_decode(self._ctx, batch)
+        if self._raised is not None:
+            raise self._raised
         if status:
             why = "; ".join(_error_lines[-3:])
             raise EvalError(f"llama.cpp failed to decode (status {status}){': ' + why if why else ''}", file=self.path)
