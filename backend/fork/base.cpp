@@ -76,6 +76,16 @@ bool ggml_is_ccq(ggml_type type) {
     return ccq::find_type(type);
 }
 
+ggml_type ggml_ccq_type_of_file(int32_t id) {
+    const int32_t type = ccq::abi::host_type(id);
+    return static_cast<ggml_type>(type < 0 ? id : type);
+}
+
+int32_t ggml_ccq_type_in_file(ggml_type type) {
+    const TypeRow * row = ccq::find_type(type);
+    return row ? row->id : static_cast<int32_t>(type);
+}
+
 bool ggml_ccq_involved(const ggml_tensor * op) {
     return ccq::involves_ccq(*op);
 }

@@ -23,14 +23,13 @@ bool ggml_ccq_involved(const struct ggml_tensor * op);
 CCQ_TYPES(X)
 #undef X
 
+// What a row of the CPU backend's table says.
+#define GGML_CCQ_CPU_MEMBERS(stem)                                                                                     \
+    .from_float = ggml_ccq_quantize_row_##stem, .vec_dot = ggml_ccq_vec_dot_##stem, .vec_dot_type = GGML_TYPE_Q8_0,    \
+    .nrows = 1
+
 // A row of the table type_traits_cpu; type_traits.inl has those of type_traits.
-#define GGML_CCQ_TRAITS_CPU(STEM, stem, id, weights, bytes)                                                            \
-    [GGML_TYPE_CCQ_##STEM] = {                                                                                         \
-        .from_float = ggml_ccq_quantize_row_##stem,                                                                    \
-        .vec_dot = ggml_ccq_vec_dot_##stem,                                                                            \
-        .vec_dot_type = GGML_TYPE_Q8_0,                                                                                \
-        .nrows = 1,                                                                                                    \
-    },
+#define GGML_CCQ_TRAITS_CPU(STEM, stem, id, weights, bytes) [GGML_TYPE_CCQ_##STEM] = {GGML_CCQ_CPU_MEMBERS(stem)},
 
 // Encodes rows as `ccq-convert quantize` does, with the same bytes.  imatrix: n_per_row importances, or NULL.  Returns
 // the bytes written; aborts on weights or importances that are not finite.
@@ -39,6 +38,11 @@ size_t ggml_ccq_quantize(enum ggml_type type, const float * src, void * dst, int
 
 // False, with a line on standard error that names the block, if one holds parameters that no encoder may write.
 bool ggml_ccq_validate_row_data(enum ggml_type type, const void * data, size_t n_blocks);
+
+// For trees that give some of the ids of our types to their own: the number in memory of a type in a CCQ file, and the
+// other way round.  Other types have one number.
+enum ggml_type ggml_ccq_type_of_file(int32_t id);
+int32_t ggml_ccq_type_in_file(enum ggml_type type);
 
 // --- ggml-cpu
 

@@ -3,8 +3,10 @@
 
 #include "../core/layouts.h"
 
-#include "ggml-cpu.h"
 #include "ggml.h"
+#if __has_include("ggml-cpu.h")
+#include "ggml-cpu.h"
+#endif
 
 #include <cstddef>
 #include <cstdint>
