@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <string>
+#include <vector>
 
 // X(STEM, type of most matrices, of the token embedding, of the output)
 #define LLAMA_CCQ_MIXTURES(X)                                                                                          \
@@ -101,6 +103,41 @@ inline ggml_type llama_ccq_tensor_type(llama_ftype ftype, const ggml_tensor * te
         steps = sscanf(name.c_str(), "blk.%d.", &layer) == 1 && layer < std::max(1, n_layer / 8) ? 1 : 0;
     }
     return *(std::find(std::begin(ladder), std::end(ladder), scheme.base) + steps);
+}
+
+// Importance of a stack of experts, as ccq_converters.imatrix has it: an expert's mean squares lean on those of all
+// experts of the layer, brought to its own size, by 32 tokens.  sums: of squares, by expert and column; counts: tokens
+// by expert.
+template <typename Count>
+void llama_ccq_lean(std::vector<float> & means, const std::vector<float> & sums, const std::vector<Count> & counts) {
+    constexpr double rare = 32;
+    const size_t row = sums.size() / counts.size();
+    const auto mean_of = [row](const std::vector<double> & values) {
+        return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(row);
+    };
+    std::vector<double> overall(row), own(row);
+    double tokens = 0;
+    for (size_t m = 0; m < counts.size(); m++) {
+        tokens += static_cast<double>(counts[m]);
+        for (size_t i = 0; counts[m] > 0 && i < row; i++) {
+            overall[i] += static_cast<double>(sums[m * row + i]);
+        }
+    }
+    for (double & value : overall) {
+        value /= std::max(1.0, tokens);
+    }
+    const double overall_mean = std::max(mean_of(overall), 1e-300);
+    for (size_t m = 0; m < counts.size(); m++) {
+        const auto count = static_cast<double>(counts[m]);
+        for (size_t i = 0; i < row; i++) {
+            own[i] = count > 0 ? static_cast<double>(sums[m * row + i]) / count : 0;
+        }
+        const double own_mean = mean_of(own), size = own_mean > 0 ? own_mean / overall_mean : 1;
+        for (size_t i = 0; i < row; i++) {
+            const double sum = count > 0 ? static_cast<double>(sums[m * row + i]) : 0;
+            means[m * row + i] = static_cast<float>((sum + rare * size * overall[i]) / (count + rare));
+        }
+    }
 }
 
 // What a CCQ file says of itself.

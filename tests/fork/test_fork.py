@@ -93,6 +93,10 @@ def make_importance(source: Path) -> Path:
             sums = (10 ** rng.uniform(0, 3, tensor.columns)).astype(np.float32)
             sums[rng.integers(0, len(sums), 3)] = 0
             entries[tensor.name] = imatrix.Entry(sums, np.array([512.0]))
+        elif len(tensor.shape) == 3:
+            counts = np.array([512.0, 3.0, 0.0, *([40.0] * (tensor.shape[0] - 3))])
+            sums = 10 ** rng.uniform(0, 3, (len(counts), tensor.columns)) * counts[:, None]
+            entries[tensor.name] = imatrix.Entry(sums.astype(np.float32).reshape(-1), counts)
     out = source.with_suffix(".imatrix.gguf")
     with ModelWriter(out, "") as writer:
         imatrix.fill(writer, imatrix.Importance(str(out), entries, ["made up"], 1, 512))
@@ -139,6 +143,18 @@ def test_llama_quantize_writes_the_same_bytes(
 def test_llama_quantize_without_importance(tree: Tree, name: str, source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "ours.gguf", QuantOptions(name), progress=False)
     assert data(tree.quantize(source, tmp_path / "theirs.gguf", name)) == data(tmp_path / "ours.gguf")
+
+
+@pytest.mark.parametrize("name", ["ccq_t2", "ccq_p2_5", "ccq_t2_m"])
+def test_llama_quantize_of_experts(tree: Tree, name: str, tmp_path: Path) -> None:
+    """Importance of experts leans on that of the layer: of a rarely hit one much, of one never hit altogether."""
+    if tree.ik:
+        pytest.skip("there llama-quantize has no counts of tokens by expert")
+    original = write_model(tmp_path / "moe.gguf", random_tensors("ccq_t3", EXPERTS)[1], EXPERTS)
+    importance = make_importance(original)
+    quantize(original, tmp_path / "ours.gguf", QuantOptions(name, imatrix=imatrix.load(importance)), progress=False)
+    made = tree.quantize(original, tmp_path / "theirs.gguf", name, "--imatrix", importance)
+    assert data(made) == data(tmp_path / "ours.gguf")
 
 
 def test_llama_quantize_with_types_by_name(tree: Tree, source: Path, tmp_path: Path) -> None:
