@@ -134,17 +134,20 @@ def _apply(text: _Text, edits: list[Edit], path: str) -> None:
         text.lines[at_line:at_line] = [line + text.newline for line in lines]
 
 
-def _undo(text: _Text, edits: list[Edit]) -> list[Edit]:
-    """Remove the edits that are there; returns those that are not."""
+def _undo(text: _Text, edits: list[Edit], moved: bool = False) -> list[Edit]:
+    """Remove the edits that are there; returns those that are not.  With ``moved`` also those that are there once, but
+    no longer at their anchor, because upstream has changed it."""
     missing = []
     for edit in edits:
+        inserted = tuple(edit.text)
+        places = []
         for anchor in edit.anchors:
-            inserted = tuple(edit.text)
             at = text.find((*anchor.lines, *inserted) if anchor.after else (*inserted, *anchor.lines))
-            if len(at) == 1:
-                begin = at[0] + (len(anchor.lines) if anchor.after else 0)
-                del text.lines[begin : begin + len(inserted)]
-                break
+            places += [i + (len(anchor.lines) if anchor.after else 0) for i in at]
+        if not places and moved:
+            places = text.find(inserted)
+        if len(places) == 1:
+            del text.lines[places[0] : places[0] + len(inserted)]
         else:
             missing.append(edit)
     return missing
@@ -236,7 +239,9 @@ class Integration:
 
     # --- what is there
 
-    def _clean(self, script: str) -> tuple[dict[str, bytes], dict[str, bytes], list[tuple[str, Edit]]]:
+    def _clean(
+        self, script: str, moved: bool = False
+    ) -> tuple[dict[str, bytes], dict[str, bytes], list[tuple[str, Edit]]]:
         """The edited files as they are and without the edits, and the edits that are not there."""
         now, clean, missing = {}, {}, []
         for file in parse(script, self.family):
@@ -247,7 +252,7 @@ class Integration:
                 raise IntegrationError(f"the tree has no {file.path}", file=self.tree)
             now[file.path] = path.read_bytes()
             text = _Text(now[file.path])
-            missing += [(file.path, edit) for edit in _undo(text, file.edits)]
+            missing += [(file.path, edit) for edit in _undo(text, file.edits, moved)]
             line = text.mention()
             if line is not None:
                 raise IntegrationError(
@@ -320,7 +325,7 @@ class Integration:
     def revert(self, dry_run: bool = False) -> list[str]:
         """Take CCQ out of the tree, half of an integration too.  Returns what was changed, for people.  Raises
         ``IntegrationError`` before anything is changed if our lines were changed by hand or our folder holds more."""
-        now, clean, _ = self._clean(self.old["script"] if self.old else self.script)
+        now, clean, _ = self._clean(self.old["script"] if self.old else self.script, moved=True)
         ours = {*(self.old["files"].split("\n") if self.old else []), RECORD}
         there = [p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if not p.is_dir()]
         foreign = sorted(set(there) - ours)

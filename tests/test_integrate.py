@@ -129,6 +129,19 @@ def test_other_changes_in_the_tree_survive(tmp_path: Path) -> None:
     assert contents(tree)["ggml/src/ggml.c"] == changed["ggml/src/ggml.c"]
 
 
+def test_revert_after_upstream_has_changed_an_anchor(tmp_path: Path) -> None:
+    """As after a git pull that merged."""
+    tree = make_tree(tmp_path, "llama.cpp")
+    header = tree / "ggml/include/ggml.h"
+    anchor, changed = b"GGML_TYPE_MXFP4   = 39, // MXFP4 (1 block)", b"GGML_TYPE_MXFP4   = 39, // changed"
+    pulled = header.read_bytes().replace(anchor, changed)
+    Integration(tree).integrate()
+    header.write_bytes(header.read_bytes().replace(anchor, changed))
+    refused(tree, "half of an integration; ccq-convert integrate --revert")
+    assert run(tree, "--revert")[0] == 0
+    assert header.read_bytes() == pulled
+
+
 def test_an_earlier_version_is_updated_and_can_be_reverted(tmp_path: Path) -> None:
     """The tree's record tells what the earlier version inserted, which this one would not."""
     tree = make_tree(tmp_path / "tree", "llama.cpp")

@@ -7,13 +7,9 @@
 #include <vector>
 
 int main(int argc, char ** argv) {
-    if (argc != 4) {
-        return 2;
-    }
+    if (argc != 4) { return 2; }
     std::vector<llama_token> tokens;
-    for (llama_token token; std::cin >> token;) {
-        tokens.push_back(token);
-    }
+    for (llama_token token; std::cin >> token;) { tokens.push_back(token); }
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     llama_backend_init();
     llama_context_params params = llama_context_default_params();
@@ -23,9 +19,7 @@ int main(int argc, char ** argv) {
     llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
     llama_context * ctx = model ? llama_init_from_model(model, params) : nullptr;
     const int n_vocab = ctx ? llama_vocab_n_tokens(llama_model_get_vocab(model)) : 0;
-    if (!ctx) {
-        return 1;
-    }
+    if (!ctx) { return 1; }
     llama_batch batch = llama_batch_init(static_cast<int32_t>(tokens.size()), 0, 1);
     batch.n_tokens = static_cast<int32_t>(tokens.size());
     for (int i = 0; i < batch.n_tokens; i++) {
@@ -35,9 +29,7 @@ int main(int argc, char ** argv) {
         batch.seq_id[i][0] = 0;
         batch.logits[i] = true;
     }
-    if (llama_decode(ctx, batch) != 0) {
-        return 1;
-    }
+    if (llama_decode(ctx, batch) != 0) { return 1; }
     const size_t n = tokens.size() * static_cast<size_t>(n_vocab);
     return fwrite(llama_get_logits(ctx), sizeof(float), n, stdout) == n ? 0 : 1;
 }
