@@ -239,10 +239,8 @@ class Integration:
 
     # --- what is there
 
-    def _clean(
-        self, script: str, moved: bool = False
-    ) -> tuple[dict[str, bytes], dict[str, bytes], list[tuple[str, Edit]]]:
-        """The edited files as they are and without the edits, and the edits that are not there."""
+    def _clean(self, script: str) -> tuple[dict[str, bytes], dict[str, bytes], list[tuple[str, Edit]]]:
+        """The edited files as they are and without the edits, and the edits that are not where they should be."""
         now, clean, missing = {}, {}, []
         for file in parse(script, self.family):
             path = self.tree / file.path
@@ -252,7 +250,8 @@ class Integration:
                 raise IntegrationError(f"the tree has no {file.path}", file=self.tree)
             now[file.path] = path.read_bytes()
             text = _Text(now[file.path])
-            missing += [(file.path, edit) for edit in _undo(text, file.edits, moved)]
+            missing += [(file.path, edit) for edit in _undo(_Text(now[file.path]), file.edits)]
+            _undo(text, file.edits, moved=True)
             line = text.mention()
             if line is not None:
                 raise IntegrationError(
@@ -325,7 +324,7 @@ class Integration:
     def revert(self, dry_run: bool = False) -> list[str]:
         """Take CCQ out of the tree, half of an integration too.  Returns what was changed, for people.  Raises
         ``IntegrationError`` before anything is changed if our lines were changed by hand or our folder holds more."""
-        now, clean, _ = self._clean(self.old["script"] if self.old else self.script, moved=True)
+        now, clean, _ = self._clean(self.old["script"] if self.old else self.script)
         ours = {*(self.old["files"].split("\n") if self.old else []), RECORD}
         there = [p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if not p.is_dir()]
         foreign = sorted(set(there) - ours)
