@@ -23,7 +23,7 @@ import os
 import re
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import ccq_format
 from ccq_format.errors import IntegrationError
@@ -78,7 +78,7 @@ def parse(script: str, name: str) -> list[FileEdits]:
         edits = files[-1].edits if files else []
         if not words or line.startswith("#"):
             continue
-        if words[0] == "file" and words[2:] in ([], ["optional"]):
+        if words[0] == "file" and words[2:] in ([], ["optional"]) and _is_inside(words[1:2]):
             files.append(FileEdits(words[1], bool(words[2:])))
         elif words in (["after"], ["before"]) and files:
             edits.append(Edit([Anchor(words == ["after"], ())]))
@@ -92,6 +92,11 @@ def parse(script: str, name: str) -> list[FileEdits]:
         else:
             raise IntegrationError(f"line {number} is no line of an edit script: '{line}'", file=name)
     return files
+
+
+def _is_inside(paths: list[str]) -> bool:
+    """True if there are paths and all are below the folder that they are relative to: a record may come with a tree."""
+    return bool(paths) and all(not PurePosixPath(p).is_absolute() and ".." not in PurePosixPath(p).parts for p in paths)
 
 
 class _Text:
@@ -153,6 +158,15 @@ def _undo(text: _Text, edits: list[Edit], moved: bool = False) -> list[Edit]:
     return missing
 
 
+@dataclass(frozen=True)
+class Record:
+    """What an integration notes in its folder: the version of ccq, its script, and its own files in the folder."""
+
+    version: str
+    script: str
+    files: list[str]
+
+
 @dataclass
 class State:
     """What was found in a tree.
@@ -186,7 +200,7 @@ class State:
 class Integration:
     """One tree, and what this version of CCQ puts into it.
 
-    Raises ``IntegrationError`` if the tree is of no known family or half edited, ``InputError`` if there is none.
+    Raises ``IntegrationError`` if the tree is of no known family, or our folder in it is damaged.
     """
 
     def __init__(self, tree: str | os.PathLike[str], sources: Path | None = None) -> None:
@@ -204,7 +218,7 @@ class Integration:
                 return family
         raise IntegrationError(f"is no source tree of llama.cpp: it has no {FAMILIES['llama.cpp']}", file=self.tree)
 
-    def _record(self) -> dict[str, str] | None:
+    def _record(self) -> Record | None:
         path = self.folder / RECORD
         if not path.is_file():
             if self.folder.exists():
@@ -212,9 +226,12 @@ class Integration:
             return None
         try:
             record = json.loads(path.read_text())
-            return {key: str(record[key]) for key in ("version", "script")} | {"files": "\n".join(record["files"])}
+            found = Record(str(record["version"]), str(record["script"]), list(map(str, record["files"])))
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrationError(f"is damaged: {error}", file=path) from None
+        if not _is_inside(found.files):
+            raise IntegrationError("is damaged: a file lies outside", file=path)
+        return found
 
     def _own_files(self) -> dict[str, bytes]:
         """Our own files by their path in the folder, the record among them."""
@@ -234,8 +251,8 @@ class Integration:
             "files": sorted(files),
             "script": self.script,
         }
-        files[RECORD] = (json.dumps(record, indent=1) + "\n").encode()
-        return files
+        # First, so that half of an integration has it, should the power fail.
+        return {RECORD: (json.dumps(record, indent=1) + "\n").encode(), **files}
 
     # --- what is there
 
@@ -267,16 +284,16 @@ class Integration:
         self._require_whole()
         if self.old is None:
             return State(self.tree, self.family, None, [])
-        names = sorted({*self.files, *self.old["files"].split("\n")})
+        names = sorted({*self.files, *self.old.files})
         outdated = [name for name in names if self._on_disk(name) != self.files.get(name)]
-        return State(self.tree, self.family, self.old["version"], outdated)
+        return State(self.tree, self.family, self.old.version, outdated)
 
     def _on_disk(self, name: str) -> bytes | None:
         path = self.folder / name
         return path.read_bytes() if path.is_file() else None
 
     def _require_whole(self) -> None:
-        now, _, missing = self._clean(self.old["script"] if self.old else self.script)
+        now, _, missing = self._clean(self.old.script if self.old else self.script)
         total = sum(len(f.edits) for f in parse(self.script, self.family) if f.path in now)
         if self.old is not None and missing:
             path, edit = missing[0]
@@ -299,8 +316,8 @@ class Integration:
         people; nothing if all is there.  Raises ``IntegrationError`` before anything is changed."""
         if self.state().current:
             return []
-        now, clean, _ = self._clean(self.old["script"] if self.old else self.script)
-        wanted: dict[str, bytes] = dict(clean)
+        now, clean, _ = self._clean(self.old.script if self.old else self.script)
+        wanted = {f"{FOLDER}/{name}": data for name, data in self.files.items()} | clean
         report = []
         for file in parse(self.script, self.family):
             if file.path not in now and not (self.tree / file.path).is_file():
@@ -314,8 +331,7 @@ class Integration:
             if _undo(text, file.edits) or text.data() != before:
                 raise IntegrationError("the edits cannot be undone; this is a bug of ccq", file=self.tree / file.path)
             report.append(f"{file.path}: {sum(len(e.text) for e in file.edits)} lines")
-        wanted |= {f"{FOLDER}/{name}": data for name, data in self.files.items()}
-        gone = [f"{FOLDER}/{n}" for n in (self.old["files"].split("\n") if self.old else []) if n not in self.files]
+        gone = [f"{FOLDER}/{name}" for name in (self.old.files if self.old else []) if name not in self.files]
         report.append(f"{FOLDER}: {len(self.files)} files")
         if not dry_run:
             self._change({p: d for p, d in wanted.items() if not self._is(p, d)}, gone)
@@ -324,8 +340,8 @@ class Integration:
     def revert(self, dry_run: bool = False) -> list[str]:
         """Take CCQ out of the tree, half of an integration too.  Returns what was changed, for people.  Raises
         ``IntegrationError`` before anything is changed if our lines were changed by hand or our folder holds more."""
-        now, clean, _ = self._clean(self.old["script"] if self.old else self.script)
-        ours = {*(self.old["files"].split("\n") if self.old else []), RECORD}
+        now, clean, _ = self._clean(self.old.script if self.old else self.script)
+        ours = {*(self.old.files if self.old else []), RECORD}
         there = [p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if not p.is_dir()]
         foreign = sorted(set(there) - ours)
         if foreign:
@@ -333,7 +349,7 @@ class Integration:
         changed = {path: data for path, data in clean.items() if data != now[path]}
         report = [f"{path}: as it was" for path in changed] + ([f"{FOLDER}: removed"] if there else [])
         if not dry_run:
-            self._change(changed, [f"{FOLDER}/{name}" for name in there])
+            self._change(changed, [f"{FOLDER}/{name}" for name in sorted(there, key=lambda name: name == RECORD)])
         return report
 
     def _is(self, path: str, data: bytes) -> bool:

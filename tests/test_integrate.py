@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -242,8 +243,12 @@ def test_the_folder_without_its_record_or_with_a_damaged_one(tmp_path: Path) -> 
     Integration(tree).integrate()
     record = tree / FOLDER / RECORD
     good = record.read_text()
-    record.write_text(json.dumps({"version": "1"}))
-    refused(tree, f"{record}: is damaged")
+    outside = json.dumps(json.loads(good) | {"files": ["../../../../x"]})
+    for bad in ("{", json.dumps({"version": "1"}), outside):
+        record.write_text(bad)
+        refused(tree, f"{record}: is damaged")
+    record.write_text(json.dumps(json.loads(good) | {"script": "file ../x"}))
+    refused(tree, "line 1 is no line of an edit script")
     record.unlink()
     refused(tree, f"{FOLDER} is there without {RECORD}")
     record.write_text(good)
@@ -255,8 +260,33 @@ def test_check_and_revert_exclude_each_other(tmp_path: Path) -> None:
     assert run(tmp_path, "--check", "--revert")[0] == 2
 
 
+def test_a_killed_process_leaves_what_can_be_reverted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = make_tree(tmp_path, "llama.cpp")
+    clean = contents(tree)
+    real = integrate._write
+    for writes in (1, 20, len(Integration(tree).files) + 5):
+        left = [writes]
+
+        def failing(path: Path, data: bytes, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] >= 0:
+                real(path, data)
+            else:
+                os._exit(9)
+
+        monkeypatch.setattr(integrate, "_write", failing)
+        pid = os.fork()
+        if pid == 0:
+            Integration(tree).integrate()
+        assert os.waitpid(pid, 0)[1] != 0
+        monkeypatch.undo()
+        refused(tree, "half of an integration; ccq-convert integrate --revert")
+        assert run(tree, "--revert")[0] == 0
+        assert contents(tree) == clean
+
+
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 60), st.booleans())
+@given(st.integers(0, 100), st.booleans())
 def test_a_failure_in_the_middle_is_undone(tmp_path_factory: pytest.TempPathFactory, writes: int, revert: bool) -> None:
     """A full disk, or Ctrl-C, at any file."""
     tree = make_tree(tmp_path_factory.mktemp("tree"), "llama.cpp")
