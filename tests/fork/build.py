@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from upstream_diff.fetch import ARCHIVES, source_tree
 
-from ccq_converters.integrate import Integration
+from ccq_converters.integrate import FAMILIES, Integration
 
 ROOT = Path(__file__).parents[2] / "build" / "fork"
 
@@ -44,6 +44,10 @@ OPTIONS = [
 ]
 
 
+BUILD_INFO = "common/cmake/build-info-gen-cpp.cmake"
+"""A file of ik_llama.cpp that its tools cannot be compiled without, and that the source archive leaves out."""
+
+
 def build(package: str) -> None:
     """Unpack, integrate and compile one tree."""
     tree = ROOT / package
@@ -51,6 +55,9 @@ def build(package: str) -> None:
         partial = ROOT / f".{package}"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source_tree(package), partial)
+        if (partial / FAMILIES["ik_llama.cpp"]).is_file() and not (partial / BUILD_INFO).exists():
+            (partial / BUILD_INFO).parent.mkdir(exist_ok=True)
+            (partial / BUILD_INFO).write_text("configure_file(common/build-info.cpp.in common/build-info.cpp @ONLY)\n")
         partial.rename(tree)
     integration = Integration(tree)
     for line in integration.integrate():
