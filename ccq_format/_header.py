@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, BinaryIO
@@ -363,19 +364,34 @@ def _tensor_type(raw: int, path: str, tensor: str) -> GGMLQuantizationType:
         raise TensorTypeError(f"unknown type id {raw}", file=path, tensor=tensor) from None
 
 
+def _blocks(weights: int, nbytes: int) -> Callable[[int], int]:
+    return lambda n: n // weights * nbytes
+
+
+_OTHER_TYPES: dict[int, tuple[tuple[str, Callable[[int], int]], ...]] = {
+    4: (("Q4_2", _blocks(16, 10)),),
+    5: (("Q4_3", _blocks(16, 12)),),
+    31: (("Q4_0_4_4", _blocks(32, 18)),),
+    32: (("Q4_0_4_8", _blocks(32, 18)),),
+    36: (("BitNet's I2_S", lambda n: n // 4 + 32), ("IQ4_NL_4_4", _blocks(32, 18))),
+    37: (("BitNet's I8_S", lambda n: n), ("IQ4_NL_4_8", _blocks(32, 18))),
+    38: (("BitNet's TL1", lambda n: n // 4 + 32), ("IQ4_NL_8_8", _blocks(32, 18))),
+}
+"""What else the ids of the CCQ types mean or meant (spec section 4.3): names, and bytes of n weights."""
+
+
 def _place_tensors(cursor: _Cursor, entries: list[TensorHeader], alignment: int) -> list[TensorHeader]:
     """Check names and offsets; returns the entries with absolute offsets.
 
     llama.cpp demands that tensors lie in the order of the list, each right behind the padded end of the one before.
-    That also unmasks files from before the ids of the CCQ types were removed from llama.cpp: the old types took more
-    bytes for the same shape, so a gap opens behind their tensors.
+    That also unmasks files in which an id of ours means another type: its tensors have another size for the same shape.
     """
     path = cursor.path
     base = -(-cursor.at // alignment) * alignment
     seen: set[str] = set()
     expected = 0
     placed: list[TensorHeader] = []
-    for entry in entries:
+    for i, entry in enumerate(entries):
         if entry.name in seen:
             raise HeaderError("the name appears twice", file=path, tensor=entry.name)
         seen.add(entry.name)
@@ -389,6 +405,8 @@ def _place_tensors(cursor: _Cursor, entries: list[TensorHeader], alignment: int)
                 file=path,
                 tensor=entry.name,
             )
+        behind = entries[i + 1].offset if i + 1 < len(entries) else cursor.size - base
+        _refuse_other_type(entry, behind - entry.offset, alignment, path)
         end = base + entry.offset + entry.nbytes
         if end > cursor.size:
             raise TruncatedError(
@@ -396,7 +414,7 @@ def _place_tensors(cursor: _Cursor, entries: list[TensorHeader], alignment: int)
             )
         if entry.offset > expected:
             if placed:
-                _refuse_legacy(placed[-1], entry.offset - (placed[-1].offset - base), path)
+                _refuse_misplaced(placed[-1], entry.offset - (placed[-1].offset - base), path)
             raise HeaderError(f"offset {entry.offset} leaves a gap: expected {expected}", file=path, tensor=entry.name)
         expected = entry.offset + -(-entry.nbytes // alignment) * alignment
         placed.append(
@@ -404,18 +422,37 @@ def _place_tensors(cursor: _Cursor, entries: list[TensorHeader], alignment: int)
         )
     extra = cursor.size - (base + expected)
     if placed and extra > 0 and any(entry.layout is not None for entry in placed):
-        _refuse_legacy(placed[-1], cursor.size - placed[-1].offset, path)
+        _refuse_misplaced(placed[-1], cursor.size - placed[-1].offset, path)
         raise HeaderError(f"{extra} bytes follow the last tensor", file=path)
     return placed
 
 
-def _refuse_legacy(entry: TensorHeader, room: int, path: str) -> None:
+def _refuse_other_type(entry: TensorHeader, room: int, alignment: int, path: str) -> None:
+    """Raise ``TensorTypeError`` if ``entry``, which has ``room`` bytes in the file, takes as many bytes as another type
+    of its id would (spec section 4.3), and not those of the CCQ type."""
+    if entry.layout is None:
+        return
+
+    def fits(nbytes: int) -> bool:
+        return room in (nbytes, -(-nbytes // alignment) * alignment)
+
+    for name, size in _OTHER_TYPES[entry.layout.gguf_id]:
+        if fits(size(prod(entry.shape))) and not fits(entry.nbytes):
+            raise TensorTypeError(
+                f"takes {room} bytes in the file, as {name} would, and not {entry.nbytes} as {entry.type_name}: "
+                f"in this file type id {entry.layout.gguf_id} is {name}",
+                file=path,
+                tensor=entry.name,
+            )
+
+
+def _refuse_misplaced(entry: TensorHeader, room: int, path: str) -> None:
     """Raise ``TensorTypeError`` if ``entry``, which has ``room`` bytes in the file, is of a CCQ type."""
     if entry.layout is None:
         return
     raise TensorTypeError(
-        f"takes {room} bytes in the file, but {entry.nbytes} as {entry.type_name}: this may be a legacy file in which "
-        f"type id {entry.layout.gguf_id} meant something else",
+        f"takes {room} bytes in the file, but {entry.nbytes} as {entry.type_name}: "
+        f"type id {entry.layout.gguf_id} may mean something else in this file",
         file=path,
         tensor=entry.name,
     )

@@ -111,6 +111,10 @@ class PluginError(CcqError):
     """llama.cpp in this process cannot take the plugin; the reason is the plugin's own."""
 
 
+class IntegrationError(CcqError):
+    """A llama.cpp source tree cannot be edited: it is of an unknown kind, half edited, or an anchor is not found."""
+
+
 class EvalError(CcqError):
     """An evaluation cannot run: too little text, or llama.cpp refused the model."""
 

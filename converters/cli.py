@@ -322,6 +322,36 @@ def plugin_path() -> None:
     click.echo(str(ccq_backend.plugin_path()))
 
 
+@main.command()
+@click.argument("tree", type=click.Path(path_type=Path))
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Only say whether the tree is integrated; exit code 1 if it is not, or not with this version.",
+)
+@click.option("--revert", is_flag=True, help="Take CCQ out of the tree again; restores every byte.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be changed.")
+@click.pass_context
+def integrate(ctx: click.Context, tree: Path, check: bool, revert: bool, dry_run: bool) -> None:
+    """Put the CCQ types into a source tree of llama.cpp or ik_llama.cpp, to be compiled in.
+
+    Our own files go into one folder of the tree, and a few lines into its files. Repeating it changes nothing, or
+    updates what an earlier version did. A tree that is not known, or half edited, is refused and left as it is.
+    """
+    from .integrate import Integration
+
+    if check and revert:
+        raise click.UsageError("--check and --revert exclude each other.")
+    integration = Integration(tree)
+    if check:
+        state = integration.state()
+        click.echo(state.as_text())
+        ctx.exit(0 if state.current else 1)
+    changed = integration.revert(dry_run) if revert else integration.integrate(dry_run)
+    for line in changed or ["nothing to do"]:
+        click.echo(line)
+
+
 @main.command("eval")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text to score.")

@@ -107,7 +107,8 @@ class Importance:
             own = mean.mean(axis=1, keepdims=True)
             size = np.where(own > 0, own / max(float(overall.mean()), 1e-300), 1.0)
             mean = (sums + RARE * size * overall) / (counts + RARE)
-        average = mean.mean(axis=1, keepdims=True)
+        mean = mean.astype(np.float32)  # as llama-quantize has it
+        average = mean.mean(axis=1, keepdims=True, dtype=np.float64)
         # Where nothing at all came in, every channel is as good as any other.
         mean = np.where(average > 0, np.maximum(mean, _FLOOR * average), 1.0)
         out = np.clip(mean, _TINY, None).astype(np.float32)

@@ -112,6 +112,8 @@ def write_model(path: Path, tensors: Tensors, experts: int) -> Path:
     w.add_token_list(pieces)
     w.add_token_scores([0.0] * 3 + [-float(i) for i in range(VOCAB - 3)])
     w.add_token_types([2, 3, 3] + [6] * 256 + [1] * (VOCAB - 259))
+    if any(kind.name.startswith("CCQ_") for _, kind in tensors.values()):
+        w.add_string("ccq.spec_version", "0.1")
     for name, (data, kind) in tensors.items():
         w.add_tensor(f"{name}.weight", data, raw_dtype=kind)
     w.write_header_to_file()

@@ -2,25 +2,44 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 namespace ccq {
 
-bool is_own_node(const Host & host, const abi::tensor & node) {
-    const abi::tensor * w = node.src[0];
-    const abi::tensor * x = node.src[1];
-    const TypeRow * type = w ? find_type(w->type) : nullptr;
-    if (!type || !x || node.type != abi::kTypeF32 || node.nb[0] != sizeof(float) ||
-        w->nb[0] != static_cast<size_t>(type->block_bytes)) {
-        return false;
+namespace {
+
+// The custom nodes' functions; userdata is a Task.
+void run_prepare(abi::tensor * dst, int ith, int nth, void * userdata) {
+    const Task & task = *static_cast<Task *>(userdata);
+    if (ith == 0) { // how many threads there are is not known before
+        auto & ws = static_cast<OwnWorkspace &>(*task.ws);
+        try {
+            ws.work = ws.work_memory.reserve(ws.work_bytes * static_cast<size_t>(nth));
+        } catch (const std::bad_alloc &) {
+            fail(ws, "out of memory");
+        }
     }
-    switch (host.classify(node.op)) {
-    case OpClass::MulMat: return x->type == abi::kTypeF32;
-    case OpClass::MulMatId:
-        return x->type == abi::kTypeF32 && node.src[2] && node.src[2]->type == abi::kTypeI32 &&
-               node.nb[2] % node.nb[1] == 0;
-    case OpClass::GetRows: return x->type == abi::kTypeI32;
-    default: return false;
+    prepare(task, *dst, ith, nth);
+}
+
+template <void (*Op)(const Task &, const abi::tensor &, int, int)>
+void run(abi::tensor * dst, int ith, int nth, void * userdata) {
+    Op(*static_cast<Task *>(userdata), *dst, ith, nth);
+}
+
+} // namespace
+
+unsigned char * Scratch::reserve(size_t bytes) {
+    if (bytes > size_) {
+        bytes = (bytes + 63) / 64 * 64;
+        auto * fresh = static_cast<unsigned char *>(std::aligned_alloc(64, bytes));
+        if (!fresh) {
+            throw std::bad_alloc();
+        }
+        data_.reset(fresh);
+        size_ = bytes;
     }
+    return data_.get();
 }
 
 // Keyed by memory and shape rather than by tensor: the experts' matrices see a reshaped view of what q, k, v saw.
@@ -62,7 +81,7 @@ void GraphCopy::add_own(const abi::tensor & node, OpClass op_class) {
     const abi::tensor & x = *node.src[1];
     Task task{&ws_, find_type(w.type), &w, &x, nullptr, false, false, false, nullptr};
     if (op_class == OpClass::GetRows) {
-        add_custom(node, run_get_rows, task);
+        add_custom(node, run<get_rows>, task);
     } else {
         task.ids = op_class == OpClass::MulMatId ? node.src[2] : nullptr;
         task.quantize = !act_.serves(x, node.flags, 0);
@@ -82,7 +101,7 @@ void GraphCopy::add_own(const abi::tensor & node, OpClass op_class) {
             add_custom(node, run_prepare, task);
         }
         task.next = &next_chunk_[tasks_.size()];
-        add_custom(node, task.ids ? run_mul_mat_id : run_mul_mat, task);
+        add_custom(node, task.ids ? run<mul_mat_id> : run<mul_mat>, task);
     }
     forget_overwritten(node, op_class);
 }
@@ -93,7 +112,7 @@ void GraphCopy::reserve(const abi::tensor * const * nodes, int n_nodes) {
     own_nodes_ = 0;
     for (int i = 0; i < n_nodes; i++) {
         const abi::tensor & node = *nodes[i];
-        if (!is_own_node(host_, node)) {
+        if (!is_own_node(host_.classify(node.op), node)) {
             continue;
         }
         own_nodes_++;
@@ -111,14 +130,17 @@ void GraphCopy::reserve(const abi::tensor * const * nodes, int n_nodes) {
             pairs = std::max(pairs, static_cast<size_t>(ids.ne[0] * ids.ne[1]));
         }
     }
-    ws_.act.reserve(all_act_bytes);
-    if (experts) {
-        ws_.first.resize(std::max(ws_.first.size(), experts + 1));
-        ws_.used.resize(std::max(ws_.used.size(), experts));
-        for (std::vector<int32_t> * by_pair : {&ws_.pairs, &ws_.act_rows, &ws_.out_rows}) {
-            by_pair->resize(std::max(by_pair->size(), pairs));
-        }
-    }
+    ws_.act = ws_.act_memory.reserve(all_act_bytes);
+    ws_.n_used = &ws_.used_count;
+    const auto at_least = [](std::vector<int32_t> & memory, size_t n) {
+        memory.resize(std::max(memory.size(), n));
+        return memory.data();
+    };
+    ws_.first = at_least(ws_.first_memory, experts + 1);
+    ws_.used = at_least(ws_.used_memory, experts);
+    ws_.pairs = at_least(ws_.pairs_memory, pairs);
+    ws_.act_rows = at_least(ws_.act_rows_memory, pairs);
+    ws_.out_rows = at_least(ws_.out_rows_memory, pairs);
     if (2 * own_nodes_ > n_next_chunk_) {
         n_next_chunk_ = 2 * own_nodes_;
         next_chunk_ = std::make_unique<std::atomic<int64_t>[]>(n_next_chunk_);
@@ -152,7 +174,7 @@ abi::cgraph * GraphCopy::rewrite(const abi::cgraph * graph) {
     routing_ = {};
     for (int i = 0; i < n_nodes; i++) {
         const OpClass op_class = host_.classify(nodes[i]->op);
-        if (is_own_node(host_, *nodes[i])) {
+        if (is_own_node(op_class, *nodes[i])) {
             add_own(*nodes[i], op_class);
         } else {
             nodes_.push_back(nodes[i]);

@@ -4,12 +4,33 @@
 #include "host.h"
 #include "ops.h"
 
+#include <cstdlib>
+#include <memory>
 #include <utility>
+#include <vector>
 
 namespace ccq {
 
-// True if `node` is a MUL_MAT, MUL_MAT_ID or GET_ROWS that the plugin runs itself.
-bool is_own_node(const Host & host, const abi::tensor & node);
+// Memory that grows and is never copied.
+class Scratch {
+  public:
+    // At least `bytes`, aligned to a cache line.  Throws std::bad_alloc.
+    unsigned char * reserve(size_t bytes);
+
+  private:
+    struct Free {
+        void operator()(unsigned char * p) const { std::free(p); }
+    };
+    std::unique_ptr<unsigned char[], Free> data_;
+    size_t size_ = 0;
+};
+
+// A workspace with its memory.
+struct OwnWorkspace : Workspace {
+    Scratch act_memory, work_memory;
+    std::vector<int32_t> first_memory, pairs_memory, act_rows_memory, out_rows_memory, used_memory;
+    int64_t used_count = 0;
+};
 
 // One per backend.  The caller's graph and tensors are only read: llama.cpp computes the same graph again and again.
 class GraphCopy {
@@ -53,7 +74,7 @@ class GraphCopy {
     void reserve(const abi::tensor * const * nodes, int n_nodes);
 
     const Host & host_;
-    Workspace ws_;
+    OwnWorkspace ws_;
     Prepared act_, routing_;
     Columns columns_;
     std::vector<abi::tensor> customs_; // reserved before they are pointed at

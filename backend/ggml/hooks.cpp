@@ -124,46 +124,10 @@ abi::backend * init_backend(abi::device * device, const char * params) {
     return backend;
 }
 
-bool is_ccq(const abi::tensor * t) {
-    return t && find_type(t->type);
-}
-
-// True if one of our types takes part in the op: as any source, not just the first.
-bool involves_ccq(const abi::tensor & op) {
-    if (is_ccq(&op)) {
-        return true;
-    }
-    for (const abi::tensor * source : op.src) {
-        if (is_ccq(source)) {
-            return true;
-        }
-    }
-    return false;
-}
-
-// What a stock kernel can do with a type that has only to_float and vec_dot, or that we do ourselves.
-bool can_run(const abi::tensor & op) {
-    const Host & host = *registry().host;
-    const abi::tensor * a = op.src[0];
-    const abi::tensor * b = op.src[1];
-    switch (host.classify(op.op)) {
-    case OpClass::View: return true;
-    case OpClass::MulMat: return is_own_node(host, op) || (is_ccq(a) && b && b->type == abi::kTypeQ8_0);
-    case OpClass::MulMatId:
-    case OpClass::GetRows: return is_own_node(host, op);
-    case OpClass::Copy: {
-        // Decoding to float32, block by block, is what the stock CPY does for every quantized source.
-        const TypeRow * type = a ? find_type(a->type) : nullptr;
-        return type && a->nb[0] == static_cast<size_t>(type->block_bytes) && op.type == abi::kTypeF32 && b &&
-               b->nb[0] == sizeof(float) && b->ne[0] % type->block_weights == 0;
-    }
-    default: return false;
-    }
-}
-
 // The stock code says yes to almost everything and aborts later when it meets a type that its switch does not list.
 bool supports_op(abi::device * device, const abi::tensor * op) {
-    return (!involves_ccq(*op) || can_run(*op)) && registry().stock.supports_op(device, op);
+    return (!involves_ccq(*op) || can_run(registry().host->classify(op->op), *op)) &&
+           registry().stock.supports_op(device, op);
 }
 
 } // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "host_abi.h"
+#include "nodes.h"
 
 #include <stdexcept>
 #include <string>
@@ -12,9 +13,6 @@ namespace ccq {
 struct Refusal : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
-
-// What a node's op means to the plugin.
-enum class OpClass : uint8_t { Unknown, Other, View, Copy, ForeignCustom, MulMat, MulMatId, GetRows };
 
 // X(result, member, symbol, parameters): functions found in the library that called us, or in what it depends on
 #define CCQ_HOST_FUNCTIONS(X)                                                                                          \

@@ -25,6 +25,12 @@ constexpr int32_t kTypeF32 = 0;
 constexpr int32_t kTypeQ8_0 = 8;
 constexpr int32_t kTypeI32 = 26;
 
+// Types are numbered in memory as they are in files.
+constexpr int32_t kMaxTypes = 64;
+constexpr int32_t host_type(int32_t gguf_id) {
+    return gguf_id;
+}
+
 // enum ggml_status
 constexpr int kStatusAllocFailed = -2;
 constexpr int kStatusFailed = -1;

@@ -2,9 +2,13 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 
 namespace ccq {
+
+void fail(Workspace & ws, const char * reason) {
+    const char * expected = nullptr;
+    ws.failure.compare_exchange_strong(expected, reason);
+}
 
 namespace {
 
@@ -28,11 +32,6 @@ constexpr int64_t kChunkRows = 64;
 int64_t chunk_rows(int64_t n_rows, int nth) {
     const int64_t even = nth == 1 ? n_rows : (n_rows + 4 * nth - 1) / (4 * nth);
     return std::max(kChunkRows, (even + kChunkRows - 1) / kChunkRows * kChunkRows);
-}
-
-void fail(Workspace & ws, const char * reason) {
-    const char * expected = nullptr;
-    ws.failure.compare_exchange_strong(expected, reason);
 }
 
 void check(Workspace & ws, ccq_status status) {
@@ -59,7 +58,7 @@ void quantize(const Task & task, int ith, int nth) {
         const int64_t count = std::min(groups - group, todo.end - todo.begin);
         const int64_t i1 = row % x.ne[1], i2 = row / x.ne[1] % x.ne[2], i3 = row / x.ne[1] / x.ne[2];
         const float * values = at<float>(x, group * CCQ_GROUP, i1, i2, i3);
-        void * out = task.ws->act.at<void>(static_cast<size_t>(row) * row_bytes);
+        void * out = task.ws->act + static_cast<size_t>(row) * row_bytes;
         if (x.nb[0] == sizeof(float)) {
             check(*task.ws, ccq_quantize_activations(values, n, group, count, out));
         } else {
@@ -81,30 +80,30 @@ void route(const Task & task) {
     const abi::tensor & ids = *task.ids;
     const int64_t n_experts = task.w->ne[2];
     Workspace & ws = *task.ws;
-    std::fill_n(ws.first.begin(), n_experts + 1, 0);
-    ws.n_used = 0;
+    std::fill_n(ws.first, n_experts + 1, 0);
+    *ws.n_used = 0;
     for (int64_t t = 0; t < ids.ne[1]; t++) {
         for (int64_t slot = 0; slot < ids.ne[0]; slot++) {
             const int32_t expert = *at<int32_t>(ids, slot, t, 0, 0);
             if (expert < 0 || expert >= n_experts) {
                 fail(ws, "MUL_MAT_ID: an expert number is out of range");
-                std::fill_n(ws.first.begin(), n_experts + 1, 0);
+                std::fill_n(ws.first, n_experts + 1, 0);
                 return;
             }
-            ws.first[static_cast<size_t>(expert)]++;
+            ws.first[expert]++;
         }
     }
     // first[e] becomes the end of e's pairs, and filling backwards turns it into their beginning.
     for (int64_t e = 1; e <= n_experts; e++) {
-        ws.first[static_cast<size_t>(e)] += ws.first[static_cast<size_t>(e) - 1];
+        ws.first[e] += ws.first[e - 1];
     }
     for (int64_t pair = ids.ne[0] * ids.ne[1] - 1; pair >= 0; pair--) {
         const int32_t expert = *at<int32_t>(ids, pair % ids.ne[0], pair / ids.ne[0], 0, 0);
-        ws.pairs[static_cast<size_t>(--ws.first[static_cast<size_t>(expert)])] = static_cast<int32_t>(pair);
+        ws.pairs[--ws.first[expert]] = static_cast<int32_t>(pair);
     }
     for (int64_t e = 0; e < n_experts; e++) {
-        if (ws.first[static_cast<size_t>(e)] < ws.first[static_cast<size_t>(e) + 1]) {
-            ws.used[static_cast<size_t>(ws.n_used++)] = static_cast<int32_t>(e);
+        if (ws.first[e] < ws.first[e + 1]) {
+            ws.used[(*ws.n_used)++] = static_cast<int32_t>(e);
         }
     }
 }
@@ -116,10 +115,10 @@ void find_columns(const Task & task, const abi::tensor & dst) {
     const int64_t n_slots = task.ids->ne[0], n_pairs = n_slots * task.ids->ne[1];
     const auto token_rows = static_cast<int64_t>(dst.nb[2] / dst.nb[1]);
     for (int64_t i = 0; i < n_pairs; i++) {
-        const int64_t token = ws.pairs[static_cast<size_t>(i)] / n_slots;
-        const int64_t slot = ws.pairs[static_cast<size_t>(i)] % n_slots;
-        ws.act_rows[static_cast<size_t>(i)] = static_cast<int32_t>(token * x.ne[1] + slot % x.ne[1]);
-        ws.out_rows[static_cast<size_t>(i)] = static_cast<int32_t>(token * token_rows + slot);
+        const int64_t token = ws.pairs[i] / n_slots;
+        const int64_t slot = ws.pairs[i] % n_slots;
+        ws.act_rows[i] = static_cast<int32_t>(token * x.ne[1] + slot % x.ne[1]);
+        ws.out_rows[i] = static_cast<int32_t>(token * token_rows + slot);
     }
 }
 
@@ -131,30 +130,18 @@ ccq_product product_of(const Task & task, const abi::tensor & dst, const void * 
     p.blocks = static_cast<const char *>(blocks) + rows.begin * row_stride;
     p.row_stride = row_stride;
     p.n_rows = rows.end - rows.begin;
-    p.act = task.ws->act.at<void>(0);
+    p.act = task.ws->act;
     p.act_stride = static_cast<int64_t>(act_bytes(p.n));
     p.out_stride = static_cast<int64_t>(dst.nb[1] / sizeof(float));
-    p.work = task.ws->work.at<void>(static_cast<size_t>(ith) * task.ws->work_bytes);
+    p.work = task.ws->work + static_cast<size_t>(ith) * task.ws->work_bytes;
     return p;
 }
 
 } // namespace
 
-void Scratch::reserve(size_t bytes) {
-    if (bytes > size_) {
-        bytes = (bytes + 63) / 64 * 64;
-        auto * fresh = static_cast<unsigned char *>(std::aligned_alloc(64, bytes));
-        if (!fresh) {
-            throw std::bad_alloc();
-        }
-        data_.reset(fresh);
-        size_ = bytes;
-    }
-}
-
 size_t act_bytes(int64_t n) {
     size_t bytes = 0;
-    (void)ccq_act_bytes(n, &bytes); // the plugin has asked for the kernel set before it became active
+    (void)ccq_act_bytes(n, &bytes); // the kernel set has been asked for before
     return bytes;
 }
 
@@ -165,19 +152,13 @@ size_t work_bytes(const abi::tensor & node) {
     return (bytes + 63) / 64 * 64;
 }
 
-void run_prepare(abi::tensor * dst, int ith, int nth, void * userdata) {
-    const Task & task = *static_cast<Task *>(userdata);
+void prepare(const Task & task, const abi::tensor & dst, int ith, int nth) {
     if (ith == 0) {
-        try {
-            task.ws->work.reserve(task.ws->work_bytes * static_cast<size_t>(nth));
-        } catch (const std::bad_alloc &) {
-            fail(*task.ws, "out of memory");
-        }
         if (task.route) {
             route(task);
         }
         if (task.columns && !task.ws->failure) {
-            find_columns(task, *dst);
+            find_columns(task, dst);
         }
     }
     if (task.quantize) {
@@ -185,8 +166,7 @@ void run_prepare(abi::tensor * dst, int ith, int nth, void * userdata) {
     }
 }
 
-void run_mul_mat(abi::tensor * dst, int ith, int nth, void * userdata) {
-    const Task & task = *static_cast<Task *>(userdata);
+void mul_mat(const Task & task, const abi::tensor & dst, int ith, int nth) {
     if (task.ws->failure) {
         return;
     }
@@ -196,47 +176,45 @@ void run_mul_mat(abi::tensor * dst, int ith, int nth, void * userdata) {
     const int64_t r2 = x.ne[2] / w.ne[2], r3 = x.ne[3] / w.ne[3];
     // Matrices that share the weights follow each other in the quantized activations; where they do in dst too, they
     // are multiplied at once, so that the weights are decoded once.
-    const int64_t merge = dst->nb[2] == dst->nb[1] * static_cast<size_t>(x.ne[1]) ? r2 : 1;
+    const int64_t merge = dst.nb[2] == dst.nb[1] * static_cast<size_t>(x.ne[1]) ? r2 : 1;
     const int64_t chunk = chunk_rows(w.ne[1], nth);
     for (int64_t begin; (begin = task.next->fetch_add(1) * chunk) < w.ne[1];) {
         const Range rows{begin, std::min(begin + chunk, w.ne[1])};
         for (int64_t i3 = 0; i3 < x.ne[3]; i3++) {
             for (int64_t i2 = 0; i2 < x.ne[2]; i2 += merge) {
-                ccq_product p = product_of(task, *dst, at<char>(w, 0, 0, i2 / r2, i3 / r3), rows, ith);
+                ccq_product p = product_of(task, dst, at<char>(w, 0, 0, i2 / r2, i3 / r3), rows, ith);
                 p.act =
                     static_cast<const char *>(p.act) + static_cast<size_t>((i3 * x.ne[2] + i2) * x.ne[1]) * row_bytes;
                 p.n_cols = x.ne[1] * merge;
-                p.out = at<float>(*dst, rows.begin, 0, i2, i3);
+                p.out = at<float>(dst, rows.begin, 0, i2, i3);
                 check(*task.ws, ccq_mul_mat(task.type->id, &p));
             }
         }
     }
 }
 
-void run_mul_mat_id(abi::tensor * dst, int ith, int nth, void * userdata) {
-    const Task & task = *static_cast<Task *>(userdata);
+void mul_mat_id(const Task & task, const abi::tensor & dst, int ith, int nth) {
     const Workspace & ws = *task.ws;
     if (ws.failure) {
         return;
     }
     const abi::tensor & w = *task.w;
-    const int64_t chunk = chunk_rows(w.ne[1] * ws.n_used, nth);
+    const int64_t chunk = chunk_rows(w.ne[1] * *ws.n_used, nth);
     const int64_t chunks = (w.ne[1] + chunk - 1) / chunk;
-    for (int64_t item; (item = task.next->fetch_add(1)) < chunks * ws.n_used;) {
-        const auto expert = static_cast<size_t>(ws.used[static_cast<size_t>(item / chunks)]);
+    for (int64_t item; (item = task.next->fetch_add(1)) < chunks * *ws.n_used;) {
+        const int32_t expert = ws.used[item / chunks];
         const int64_t begin = item % chunks * chunk;
         const Range rows{begin, std::min(begin + chunk, w.ne[1])};
-        ccq_product p = product_of(task, *dst, at<char>(w, 0, 0, static_cast<int64_t>(expert), 0), rows, ith);
-        p.act_index = ws.act_rows.data() + ws.first[expert];
-        p.out_index = ws.out_rows.data() + ws.first[expert];
+        ccq_product p = product_of(task, dst, at<char>(w, 0, 0, expert, 0), rows, ith);
+        p.act_index = ws.act_rows + ws.first[expert];
+        p.out_index = ws.out_rows + ws.first[expert];
         p.n_cols = ws.first[expert + 1] - ws.first[expert];
-        p.out = at<float>(*dst, rows.begin, 0, 0, 0);
+        p.out = at<float>(dst, rows.begin, 0, 0, 0);
         check(*task.ws, ccq_mul_mat(task.type->id, &p));
     }
 }
 
-void run_get_rows(abi::tensor * dst, int ith, int nth, void * userdata) {
-    const Task & task = *static_cast<Task *>(userdata);
+void get_rows(const Task & task, const abi::tensor & dst, int ith, int nth) {
     const abi::tensor & w = *task.w;
     const abi::tensor & rows = *task.x;
     const int64_t blocks = w.ne[0] / task.type->block_weights;
@@ -253,7 +231,7 @@ void run_get_rows(abi::tensor * dst, int ith, int nth, void * userdata) {
         }
         const auto * source = at<uint8_t>(w, 0, row, i1, i2) + block * task.type->block_bytes;
         check(*task.ws, ccq_decode(task.type->id, source, count * task.type->block_weights,
-                                   at<float>(*dst, block * task.type->block_weights, i0, i1, i2)));
+                                   at<float>(dst, block * task.type->block_weights, i0, i1, i2)));
         todo.begin += count;
     }
 }

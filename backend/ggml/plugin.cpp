@@ -21,6 +21,26 @@ namespace ccq {
 
 namespace {
 
+// from_float stays empty in both tables: a weight's encoder needs the whole matrix and seconds, and no op that the
+// hooked device accepts writes one of our types.
+abi::type_traits traits_row(const TypeRow & type) {
+    abi::type_traits row{};
+    row.type_name = ccq_type(type.id)->name;
+    row.blck_size = type.block_weights;
+    row.type_size = static_cast<size_t>(type.block_bytes);
+    row.is_quantized = true;
+    row.to_float = type.to_float;
+    return row;
+}
+
+abi::type_traits_cpu traits_cpu_row(const TypeRow & type) {
+    abi::type_traits_cpu row{};
+    row.vec_dot = type.vec_dot;
+    row.vec_dot_type = abi::kTypeQ8_0;
+    row.nrows = 1;
+    return row;
+}
+
 // Never destroyed: the host may call in until its last thread is gone.
 struct Plugin {
     std::mutex mutex;

@@ -69,35 +69,15 @@ const TypeRow kTypeRows[kTypeCount] = {
 #undef X
 };
 
-const TypeRow * find_type(int32_t id) {
-    static const auto by_id = [] {
-        std::array<const TypeRow *, 64> rows{};
+const TypeRow * find_type(int32_t type) {
+    static const auto by_type = [] {
+        std::array<const TypeRow *, abi::kMaxTypes> rows{};
         for (const TypeRow & row : kTypeRows) {
-            rows[static_cast<size_t>(row.id)] = &row;
+            rows[static_cast<size_t>(abi::host_type(row.id))] = &row;
         }
         return rows;
     }();
-    return id >= 0 && id < 64 ? by_id[static_cast<size_t>(id)] : nullptr;
-}
-
-// from_float stays empty in both tables: a weight's encoder needs the whole matrix and seconds, and no op that the
-// hooked device accepts writes one of our types.
-abi::type_traits traits_row(const TypeRow & type) {
-    abi::type_traits row{};
-    row.type_name = ccq_type(type.id)->name;
-    row.blck_size = type.block_weights;
-    row.type_size = static_cast<size_t>(type.block_bytes);
-    row.is_quantized = true;
-    row.to_float = type.to_float;
-    return row;
-}
-
-abi::type_traits_cpu traits_cpu_row(const TypeRow & type) {
-    abi::type_traits_cpu row{};
-    row.vec_dot = type.vec_dot;
-    row.vec_dot_type = abi::kTypeQ8_0;
-    row.nrows = 1;
-    return row;
+    return type >= 0 && type < abi::kMaxTypes ? by_type[static_cast<size_t>(type)] : nullptr;
 }
 
 } // namespace ccq

@@ -1,4 +1,4 @@
-// The seven types, and the rows that the plugin writes into ggml's two tables.
+// The seven types: what ggml's two tables say of them.  Shared by the plugin and the source integration.
 #pragma once
 
 #include "host_abi.h"
@@ -8,7 +8,7 @@
 namespace ccq {
 
 struct TypeRow {
-    int32_t id;
+    int32_t id; // in GGUF
     int32_t block_weights;
     int32_t block_bytes;
     abi::to_float_t to_float;
@@ -21,10 +21,7 @@ constexpr int kTypeCount = 0 CCQ_TYPES(X);
 
 extern const TypeRow kTypeRows[kTypeCount];
 
-// The row of a type, or nullptr if it is not ours.
-const TypeRow * find_type(int32_t id);
-
-abi::type_traits traits_row(const TypeRow & type);
-abi::type_traits_cpu traits_cpu_row(const TypeRow & type);
+// The row of one of the host's type numbers, or nullptr if it is not ours.
+const TypeRow * find_type(int32_t type);
 
 } // namespace ccq

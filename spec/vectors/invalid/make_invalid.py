@@ -322,48 +322,73 @@ CASES: dict[str, tuple[bytes, str, str]] = {
         "HeaderError",
         "64 bytes follow the last tensor",
     ),
-    # --- files from before the ids were removed: 18 bytes for 32 weights (Q4_0_4_4, Q4_0_4_8, IQ4_NL_4_4 ...), 10 or 12
-    #     bytes for 16 weights (Q4_2, Q4_3)
+    # --- files in which an id of ours means another type (spec section 4.3): removed ones, and those of BitNet
     "legacy_31": (
         gguf([ARCH], [tensor("a", [256, 2], 31, 0), tensor("b", [8], T_F32, 288)], 320),
         "TensorTypeError",
-        "tensor 'a': takes 288 bytes in the file, but 180 as ccq_p2_75: this may be a legacy file",
+        "tensor 'a': takes 288 bytes in the file, as Q4_0_4_4 would, and not 180 as ccq_p2_75",
     ),
     "legacy_31_last": (
         gguf([ARCH], [tensor("b", [8], T_F32, 0), tensor("a", [256, 2], 31, 32)], 320),
         "TensorTypeError",
-        "tensor 'a': takes 288 bytes in the file, but 180 as ccq_p2_75: this may be a legacy file",
+        "tensor 'a': takes 288 bytes in the file, as Q4_0_4_4 would, and not 180 as ccq_p2_75",
     ),
     "legacy_32": (
         gguf([ARCH], [tensor("a", [64, 4], 32, 0), tensor("b", [8], T_F32, 160)], 192),
         "TensorTypeError",
-        "but 52 as ccq_t1_5: this may be a legacy file",
+        "in this file type id 32 is Q4_0_4_8",
     ),
     "legacy_33": (one([64, 4], 33, 160), "TensorTypeError", "type id 33 is reserved"),
     "legacy_36": (
         gguf([ARCH], [tensor("a", [64, 4], 36, 0), tensor("b", [8], T_F32, 160)], 192),
         "TensorTypeError",
-        "tensor 'a': takes 160 bytes in the file, but 68 as ccq_t2: this may be a legacy file",
+        "tensor 'a': takes 160 bytes in the file, as IQ4_NL_4_4 would, and not 68 as ccq_t2",
     ),
     "legacy_37": (
         gguf([ARCH], [tensor("a", [64, 4], 37, 0), tensor("b", [8], T_F32, 160)], 192),
         "TensorTypeError",
-        "but 84 as ccq_t2_5: this may be a legacy file",
+        "in this file type id 37 is IQ4_NL_4_8",
     ),
     "legacy_38": (
         gguf([ARCH], [tensor("a", [64, 4], 38, 0), tensor("b", [8], T_F32, 160)], 192),
         "TensorTypeError",
-        "but 100 as ccq_t3: this may be a legacy file",
+        "in this file type id 38 is IQ4_NL_8_8",
     ),
     "legacy_4": (
         gguf([ARCH], [tensor("a", [512], 4, 0), tensor("b", [8], T_F32, 320)], 352),
         "TensorTypeError",
-        "but 142 as ccq_p2: this may be a legacy file",
+        "in this file type id 4 is Q4_2",
     ),
     "legacy_5": (
         gguf([ARCH], [tensor("a", [256], 5, 0), tensor("b", [8], T_F32, 192)], 224),
         "TensorTypeError",
-        "but 82 as ccq_p2_5: this may be a legacy file",
+        "in this file type id 5 is Q4_3",
+    ),
+    "bitnet_i2_s": (
+        gguf([ARCH], [tensor("a", [64, 40], 36, 0), tensor("b", [8], T_F32, 672)], 704),
+        "TensorTypeError",
+        "tensor 'a': takes 672 bytes in the file, as BitNet's I2_S would, and not 680 as ccq_t2: in this file type id "
+        "36 is BitNet's I2_S",
+    ),
+    "bitnet_i2_s_last": (
+        gguf([ARCH], [tensor("b", [8], T_F32, 0), tensor("a", [64, 40], 36, 32)], 704),
+        "TensorTypeError",
+        "in this file type id 36 is BitNet's I2_S",
+    ),
+    "bitnet_i2_s_small": (
+        gguf([ARCH], [tensor("a", [64, 4], 36, 0), tensor("b", [8], T_F32, 128)], 160),
+        "TensorTypeError",
+        "tensor 'a': takes 128 bytes in the file, but 68 as ccq_t2: type id 36 may mean something else in this file",
+    ),
+    "bitnet_i8_s": (
+        gguf([ARCH], [tensor("a", [64, 4], 37, 0), tensor("b", [8], T_F32, 256)], 288),
+        "TensorTypeError",
+        "in this file type id 37 is BitNet's I8_S",
+    ),
+    "bitnet_tl1": (
+        gguf([ARCH], [tensor("a", [64, 40], 38, 0), tensor("b", [8], T_F32, 672)], 704),
+        "TensorTypeError",
+        "in this file type id 38 is BitNet's TL1",
     ),
     "legacy_36_row_32": (one([96, 2], 36, 128), "ShapeError", "row length 96 is no multiple of 64"),
 }

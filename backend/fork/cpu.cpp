@@ -1,0 +1,126 @@
+// ggml-cpu's part: MUL_MAT, MUL_MAT_ID and GET_ROWS in one early return of ggml_compute_forward.
+#include "ggml-ccq.h"
+
+#include "../ggml/nodes.h"
+#include "../ggml/ops.h"
+
+#include <algorithm>
+#include <new>
+
+using ccq::OpClass;
+
+namespace {
+
+OpClass classify(ggml_op op) {
+    switch (op) {
+    case GGML_OP_MUL_MAT: return OpClass::MulMat;
+    case GGML_OP_MUL_MAT_ID: return OpClass::MulMatId;
+    case GGML_OP_GET_ROWS: return OpClass::GetRows;
+    case GGML_OP_CPY: return OpClass::Copy;
+    case GGML_OP_NONE:
+    case GGML_OP_RESHAPE:
+    case GGML_OP_VIEW:
+    case GGML_OP_PERMUTE:
+    case GGML_OP_TRANSPOSE: return OpClass::View;
+    default: return OpClass::Other;
+    }
+}
+
+// What the threads of one product share at the beginning of ggml's work buffer.
+struct Shared {
+    std::atomic<int64_t> next; // chunk of rows
+    int64_t n_used;            // experts
+};
+
+// Hands out pieces of a work buffer, each at a multiple of a cache line.
+struct Carver {
+    uintptr_t base, at;
+    explicit Carver(void * buffer) : base(reinterpret_cast<uintptr_t>(buffer)), at((base + 63) / 64 * 64) {}
+    template <typename T> T * take(size_t n) {
+        T * piece = reinterpret_cast<T *>(at);
+        at += (n * sizeof(T) + 63) / 64 * 64;
+        return piece;
+    }
+};
+
+// The workspace of a product in ggml's work buffer; returns the bytes that it takes there.
+size_t lay_out(const ggml_tensor & node, int n_threads, void * buffer, Shared *& shared, ccq::Workspace & ws) {
+    const ggml_tensor & x = *node.src[1];
+    Carver carver(buffer);
+    shared = carver.take<Shared>(1);
+    ws.n_used = &shared->n_used;
+    ws.act = carver.take<unsigned char>(static_cast<size_t>(x.ne[1] * x.ne[2] * x.ne[3]) * ccq::act_bytes(x.ne[0]));
+    ws.work_bytes = ccq::work_bytes(node);
+    ws.work = carver.take<unsigned char>(static_cast<size_t>(n_threads) * ws.work_bytes);
+    if (node.op == GGML_OP_MUL_MAT_ID) {
+        const auto experts = static_cast<size_t>(node.src[0]->ne[2]);
+        const auto pairs = static_cast<size_t>(node.src[2]->ne[0] * node.src[2]->ne[1]);
+        ws.first = carver.take<int32_t>(experts + 1);
+        ws.used = carver.take<int32_t>(experts);
+        ws.pairs = carver.take<int32_t>(pairs);
+        ws.act_rows = carver.take<int32_t>(pairs);
+        ws.out_rows = carver.take<int32_t>(pairs);
+    }
+    return carver.at - carver.base;
+}
+
+// As ggml's own ops do: they have no way to fail but this.
+void check(const ccq::Workspace & ws, const ggml_tensor & node) {
+    if (const char * reason = ws.failure) {
+        GGML_ABORT("ccq: %s (%s)", reason, node.name);
+    }
+}
+
+} // namespace
+
+size_t ggml_ccq_work_size(int n_threads, const ggml_tensor * node) {
+    if (node->op == GGML_OP_GET_ROWS || !ccq::is_own_node(classify(node->op), *node)) {
+        return 0;
+    }
+    Shared * shared;
+    ccq::Workspace ws;
+    return lay_out(*node, n_threads, nullptr, shared, ws) + 64; // wherever the buffer begins
+}
+
+bool ggml_ccq_compute_forward(const ggml_ccq_params * params, ggml_tensor * node) {
+    const OpClass op_class = classify(node->op);
+    if (!ccq::is_own_node(op_class, *node)) {
+        return false;
+    }
+    const ggml_tensor * w = node->src[0];
+    ccq::Workspace ws;
+    ccq::Task task{};
+    task.ws = &ws;
+    task.type = ccq::find_type(w->type);
+    task.w = w;
+    task.x = node->src[1];
+    if (op_class == OpClass::GetRows) {
+        ccq::get_rows(task, *node, params->ith, params->nth);
+        check(ws, *node);
+        return true;
+    }
+    Shared * shared;
+    const size_t size = lay_out(*node, params->nth, params->wdata, shared, ws);
+    GGML_ASSERT(size <= params->wsize);
+    task.ids = op_class == OpClass::MulMatId ? node->src[2] : nullptr;
+    task.quantize = true;
+    task.route = task.columns = task.ids;
+    task.next = &shared->next;
+    if (params->ith == 0) {
+        new (shared) Shared{{0}, 0};
+    }
+    ccq::prepare(task, *node, params->ith, params->nth);
+    check(ws, *node);
+    params->barrier(params->threads);
+    if (task.ids) {
+        ccq::mul_mat_id(task, *node, params->ith, params->nth);
+    } else {
+        ccq::mul_mat(task, *node, params->ith, params->nth);
+    }
+    check(ws, *node);
+    return true;
+}
+
+bool ggml_ccq_supports_op(const ggml_tensor * op) {
+    return !ccq::involves_ccq(*op) || ccq::can_run(classify(op->op), *op);
+}

@@ -1,0 +1,411 @@
+"""``ccq-convert integrate``: put the CCQ types into a source tree of llama.cpp or of a fork, or take them out again.
+
+What is inserted where is data: an edit script per family of trees (``EDITS`` in the installed sources).  A line of a
+script is one of::
+
+    # a comment; empty lines mean nothing
+    file PATH [optional]    the file that the following edits are for; "optional": a tree may lack it
+    after | before          an edit begins: insert behind or in front of the anchor
+    or after | or before    the same edit with another anchor, for trees in which the first is not found
+    |TEXT                   a line of the anchor; the whole anchor must occur exactly once in the file
+    +TEXT                   a line to insert
+
+Only whole lines are inserted, and they are all that is removed again, so that reverting restores every byte, whatever
+else was changed in the tree meanwhile.  All other code is in one folder of the tree, ``FOLDER``.  It holds a record
+(``RECORD``) with the script, so that a later version can revert or update what this one did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import ccq_format
+from ccq_format.errors import IntegrationError
+
+FOLDER = "ggml/src/ggml-ccq"
+"""Where our own files go."""
+
+RECORD = "integration.json"
+
+_EDITS = "fork/edits"
+
+FAMILIES = {"ik_llama.cpp": "ggml/src/iqk/iqk_mul_mat.cpp", "llama.cpp": "ggml/src/ggml-cpu/ggml-cpu.c"}
+"""Families of trees, each with a file that tells it from those below."""
+
+_PLUGIN_SOURCES = ("nodes.cpp", "nodes.h", "ops.cpp", "ops.h", "types.cpp", "types.h")
+"""The files of the plugin that the integration shares."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Lines of a file that an edit is ``after`` or before."""
+
+    after: bool
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"'{self.lines[0].strip()}'" + (f" and {len(self.lines) - 1} lines more" if self.lines[1:] else "")
+
+
+@dataclass
+class Edit:
+    """Lines to insert at the first anchor that is found."""
+
+    anchors: list[Anchor]
+    text: list[str] = field(default_factory=list)
+
+
+@dataclass
+class FileEdits:
+    """The edits of one file."""
+
+    path: str
+    optional: bool
+    edits: list[Edit] = field(default_factory=list)
+
+
+def parse(script: str, name: str) -> list[FileEdits]:
+    """Read an edit script.  Raises ``IntegrationError`` with the line that is none."""
+    files: list[FileEdits] = []
+    for number, line in enumerate(script.splitlines(), 1):
+        words = line.split()
+        edits = files[-1].edits if files else []
+        if not words or line.startswith("#"):
+            continue
+        if words[0] == "file" and words[2:] in ([], ["optional"]) and _is_inside(words[1:2]):
+            files.append(FileEdits(words[1], bool(words[2:])))
+        elif words in (["after"], ["before"]) and files:
+            edits.append(Edit([Anchor(words == ["after"], ())]))
+        elif words in (["or", "after"], ["or", "before"]) and edits:
+            edits[-1].anchors.append(Anchor(words[1] == "after", ()))
+        elif line[0] == "|" and edits:
+            last = edits[-1].anchors[-1]
+            edits[-1].anchors[-1] = Anchor(last.after, (*last.lines, line[1:]))
+        elif line[0] == "+" and edits:
+            edits[-1].text.append(line[1:])
+        else:
+            raise IntegrationError(f"line {number} is no line of an edit script: '{line}'", file=name)
+    return files
+
+
+def _is_inside(paths: list[str]) -> bool:
+    """True if there are paths and all are below the folder that they are relative to: a record may come with a tree."""
+    return bool(paths) and all(not PurePosixPath(p).is_absolute() and ".." not in PurePosixPath(p).parts for p in paths)
+
+
+class _Text:
+    """A file as lines; what is inserted takes the line ends that the file has."""
+
+    def __init__(self, data: bytes) -> None:
+        self.lines = data.decode("utf-8", "surrogateescape").splitlines(keepends=True)
+        self.newline = "\r\n" if self.lines and self.lines[0].endswith("\r\n") else "\n"
+
+    def data(self) -> bytes:
+        return "".join(self.lines).encode("utf-8", "surrogateescape")
+
+    def find(self, wanted: tuple[str, ...]) -> list[int]:
+        """Where these lines begin."""
+        ended = [line + self.newline for line in wanted]
+        n = len(ended)
+        return [i for i in range(len(self.lines) - n + 1) if self.lines[i : i + n] == ended]
+
+    def mention(self) -> int | None:
+        """The first line, counted from 1, that names CCQ."""
+        return next((i for i, line in enumerate(self.lines, 1) if re.search("ccq", line, re.IGNORECASE)), None)
+
+
+def _apply(text: _Text, edits: list[Edit], path: str) -> None:
+    """Insert all edits.  Raises ``IntegrationError`` naming the anchor that does not occur exactly once."""
+    places: list[tuple[int, list[str]]] = []
+    for edit in edits:
+        found = [(anchor, text.find(anchor.lines)) for anchor in edit.anchors]
+        match = next(((anchor, at[0]) for anchor, at in found if len(at) == 1), None)
+        if match is None:
+            anchor, at = found[0]
+            raise IntegrationError(
+                f"the anchor {anchor} occurs {len(at)} times, not once: this tree is none that ccq "
+                f"{ccq_format.__version__} knows",
+                file=path,
+            )
+        anchor, at_line = match
+        places.append((at_line + (len(anchor.lines) if anchor.after else 0), edit.text))
+    for at_line, lines in sorted(places, key=lambda place: place[0], reverse=True):
+        text.lines[at_line:at_line] = [line + text.newline for line in lines]
+
+
+def _undo(text: _Text, edits: list[Edit], moved: bool = False) -> list[Edit]:
+    """Remove the edits that are there; returns those that are not.  With ``moved`` also those that are there once, but
+    no longer at their anchor, because upstream has changed it."""
+    missing = []
+    for edit in edits:
+        inserted = tuple(edit.text)
+        places = []
+        for anchor in edit.anchors:
+            at = text.find((*anchor.lines, *inserted) if anchor.after else (*inserted, *anchor.lines))
+            places += [i + (len(anchor.lines) if anchor.after else 0) for i in at]
+        if not places and moved:
+            places = text.find(inserted)
+        if len(places) == 1:
+            del text.lines[places[0] : places[0] + len(inserted)]
+        else:
+            missing.append(edit)
+    return missing
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an integration notes in its folder: the version of ccq, its script, and its own files in the folder."""
+
+    version: str
+    script: str
+    files: list[str]
+
+
+@dataclass
+class State:
+    """What was found in a tree.
+
+    ``family`` is a key of ``FAMILIES``; ``version`` that of the integration in the tree, ``None`` if there is none;
+    ``outdated`` our own files that differ from this version's.
+    """
+
+    tree: Path
+    family: str
+    version: str | None
+    outdated: list[str]
+
+    def as_text(self) -> str:
+        """One line for people."""
+        if self.version is None:
+            return f"{self.tree}: {self.family}, without CCQ"
+        if self.outdated:
+            return (
+                f"{self.tree}: {self.family} with CCQ of ccq {self.version}; this version has {len(self.outdated)} "
+                f"other files ({', '.join(self.outdated[:3])}{', ...' if self.outdated[3:] else ''})"
+            )
+        return f"{self.tree}: {self.family} with CCQ of ccq {self.version}"
+
+    @property
+    def current(self) -> bool:
+        """The tree is integrated, with just this version's files."""
+        return self.version is not None and not self.outdated
+
+
+class Integration:
+    """One tree, and what this version of CCQ puts into it.
+
+    Raises ``IntegrationError`` if the tree is of no known family, or our folder in it is damaged.
+    """
+
+    def __init__(self, tree: str | os.PathLike[str], sources: Path | None = None) -> None:
+        self.tree = Path(tree)
+        self.sources = sources if sources is not None else source_folder()
+        self.family = self._family()
+        self.script = (self.sources / _EDITS / f"{self.family}.edits").read_text()
+        self.folder = self.tree / FOLDER
+        self.old = self._record()
+        self.files = self._own_files()
+
+    def _family(self) -> str:
+        for family, path in FAMILIES.items():
+            if (self.tree / path).is_file():
+                return family
+        raise IntegrationError(f"is no source tree of llama.cpp: it has no {FAMILIES['llama.cpp']}", file=self.tree)
+
+    def _record(self) -> Record | None:
+        path = self.folder / RECORD
+        if not path.is_file():
+            if self.folder.exists():
+                raise IntegrationError(f"{FOLDER} is there without {RECORD}: half of an integration", file=self.tree)
+            return None
+        try:
+            record = json.loads(path.read_text())
+            found = Record(str(record["version"]), str(record["script"]), list(map(str, record["files"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrationError(f"is damaged: {error}", file=path) from None
+        if not _is_inside(found.files):
+            raise IntegrationError("is damaged: a file lies outside", file=path)
+        return found
+
+    def _own_files(self) -> dict[str, bytes]:
+        """Our own files by their path in the folder, the record among them."""
+        wanted = [p for top in ("include", "core", "cpu", "fork") for p in sorted((self.sources / top).rglob("*"))]
+        wanted += [self.sources / "ggml" / name for name in _PLUGIN_SOURCES]
+        files = {
+            p.relative_to(self.sources).as_posix(): p.read_bytes()
+            for p in wanted
+            if p.is_file() and p.suffix in (".c", ".cpp", ".h", ".inl", ".txt", ".cmake")
+        }
+        files["CMakeLists.txt"] = files.pop("fork/CMakeLists.txt")
+        files["ggml/host_abi.h"] = files.pop("fork/host_abi.h")
+        files["fork/version.h"] = f'#define CCQ_VERSION "{ccq_format.__version__}"\n'.encode()
+        record = {
+            "version": ccq_format.__version__,
+            "family": self.family,
+            "files": sorted(files),
+            "script": self.script,
+        }
+        # First, so that half of an integration has it, should the power fail.
+        return {RECORD: (json.dumps(record, indent=1) + "\n").encode(), **files}
+
+    # --- what is there
+
+    def _clean(self, script: str) -> tuple[dict[str, bytes], dict[str, bytes], list[tuple[str, Edit]]]:
+        """The edited files as they are and without the edits, and the edits that are not where they should be."""
+        now, clean, missing = {}, {}, []
+        for file in parse(script, self.family):
+            path = self.tree / file.path
+            if not path.is_file():
+                if file.optional:
+                    continue
+                raise IntegrationError(f"the tree has no {file.path}", file=self.tree)
+            now[file.path] = path.read_bytes()
+            text = _Text(now[file.path])
+            missing += [(file.path, edit) for edit in _undo(_Text(now[file.path]), file.edits)]
+            _undo(text, file.edits, moved=True)
+            line = text.mention()
+            if line is not None:
+                raise IntegrationError(
+                    f"line {line} names CCQ but is no line that ccq inserts: half of an integration, or changed by "
+                    "hand",
+                    file=path,
+                )
+            clean[file.path] = text.data()
+        return now, clean, missing
+
+    def state(self) -> State:
+        """Look at the tree.  Raises ``IntegrationError`` if it is half edited."""
+        self._require_whole()
+        if self.old is None:
+            return State(self.tree, self.family, None, [])
+        names = sorted({*self.files, *self.old.files})
+        outdated = [name for name in names if self._on_disk(name) != self.files.get(name)]
+        return State(self.tree, self.family, self.old.version, outdated)
+
+    def _on_disk(self, name: str) -> bytes | None:
+        path = self.folder / name
+        return path.read_bytes() if path.is_file() else None
+
+    def _require_whole(self) -> None:
+        now, _, missing = self._clean(self.old.script if self.old else self.script)
+        total = sum(len(f.edits) for f in parse(self.script, self.family) if f.path in now)
+        if self.old is not None and missing:
+            path, edit = missing[0]
+            raise IntegrationError(
+                f"the lines at the anchor {edit.anchors[0]} are missing, others are there: half of an integration; "
+                "ccq-convert integrate --revert removes the rest",
+                file=self.tree / path,
+            )
+        if self.old is None and len(missing) != total:
+            raise IntegrationError(
+                f"holds {total - len(missing)} of our edits, but no {FOLDER}: half of an integration; "
+                "ccq-convert integrate --revert removes them",
+                file=self.tree,
+            )
+
+    # --- changes
+
+    def integrate(self, dry_run: bool = False) -> list[str]:
+        """Put this version's CCQ into the tree, in place of an earlier version's.  Returns what was changed, for
+        people; nothing if all is there.  Raises ``IntegrationError`` before anything is changed."""
+        if self.state().current:
+            return []
+        now, clean, _ = self._clean(self.old.script if self.old else self.script)
+        wanted = {f"{FOLDER}/{name}": data for name, data in self.files.items()} | clean
+        report = []
+        for file in parse(self.script, self.family):
+            if file.path not in now and not (self.tree / file.path).is_file():
+                if file.optional:
+                    continue
+                raise IntegrationError(f"the tree has no {file.path}", file=self.tree)
+            before = clean.get(file.path, None) or (self.tree / file.path).read_bytes()
+            text = _Text(before)
+            _apply(text, file.edits, str(self.tree / file.path))
+            wanted[file.path] = text.data()
+            if _undo(text, file.edits) or text.data() != before:
+                raise IntegrationError("the edits cannot be undone; this is a bug of ccq", file=self.tree / file.path)
+            report.append(f"{file.path}: {sum(len(e.text) for e in file.edits)} lines")
+        gone = [f"{FOLDER}/{name}" for name in (self.old.files if self.old else []) if name not in self.files]
+        report.append(f"{FOLDER}: {len(self.files)} files")
+        if not dry_run:
+            self._change({p: d for p, d in wanted.items() if not self._is(p, d)}, gone)
+        return report
+
+    def revert(self, dry_run: bool = False) -> list[str]:
+        """Take CCQ out of the tree, half of an integration too.  Returns what was changed, for people.  Raises
+        ``IntegrationError`` before anything is changed if our lines were changed by hand or our folder holds more."""
+        now, clean, _ = self._clean(self.old.script if self.old else self.script)
+        ours = {*(self.old.files if self.old else []), RECORD}
+        there = [p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if not p.is_dir()]
+        foreign = sorted(set(there) - ours)
+        if foreign:
+            raise IntegrationError(f"{FOLDER} holds files that are not ours: {', '.join(foreign)}", file=self.tree)
+        changed = {path: data for path, data in clean.items() if data != now[path]}
+        report = [f"{path}: as it was" for path in changed] + ([f"{FOLDER}: removed"] if there else [])
+        if not dry_run:
+            self._change(changed, [f"{FOLDER}/{name}" for name in sorted(there, key=lambda name: name == RECORD)])
+        return report
+
+    def _is(self, path: str, data: bytes) -> bool:
+        there = self.tree / path
+        return there.is_file() and there.read_bytes() == data
+
+    def _change(self, wanted: dict[str, bytes], gone: list[str]) -> None:
+        """Write and remove files; what was done is undone if one of them cannot be, or at Ctrl-C."""
+        before: dict[str, bytes | None] = {
+            p: (self.tree / p).read_bytes() if (self.tree / p).is_file() else None for p in (*wanted, *gone)
+        }
+        done: list[str] = []
+        try:
+            for path, data in wanted.items():
+                done.append(path)
+                _write(self.tree / path, data)
+            for path in gone:
+                done.append(path)
+                (self.tree / path).unlink(missing_ok=True)
+        except BaseException:
+            for path in reversed(done):
+                old = before[path]
+                if old is None:
+                    (self.tree / path).unlink(missing_ok=True)
+                else:
+                    _write(self.tree / path, old)
+            raise
+        finally:
+            _remove_empty_folders(self.folder)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as out:
+            out.write(data)
+        os.chmod(temporary, path.stat().st_mode & 0o7777 if path.exists() else 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    """Remove ``folder`` and the folders in it that hold no file."""
+    for root, _, _ in sorted(os.walk(folder), key=lambda entry: len(entry[0]), reverse=True):
+        with contextlib.suppress(OSError):  # not empty
+            os.rmdir(root)
+
+
+def source_folder() -> Path:
+    """The installed sources.  Raises ``IntegrationError`` if the package was installed without them."""
+    import ccq_backend
+
+    folder = Path(ccq_backend.__file__).with_name("source")
+    if not (folder / _EDITS).is_dir():
+        raise IntegrationError("the sources are not installed", file=folder)
+    return folder

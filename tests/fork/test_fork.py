@@ -1,0 +1,415 @@
+"""The trees that ``make fork`` has compiled, each by name, against the plugin, the converter and the reference."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from ccq_converters import hf2gguf, imatrix
+from ccq_converters.dequantize import dequantize
+from ccq_converters.inspect import inspect
+from ccq_converters.integrate import FAMILIES
+from ccq_converters.plan import QuantOptions
+from ccq_converters.quantize import quantize
+from ccq_format.errors import TensorTypeError
+from ccq_format.gguf_io import ModelWriter, open_model
+from ccq_format.layouts import LAYOUTS
+
+from ..test_plugin_models import EXPERTS, VOCAB, random_tensors, write_model
+
+pytestmark = pytest.mark.fork
+
+ROOT = Path(__file__).parents[2]
+BUILT = Path(os.environ.get("CCQ_FORK_TREES", ROOT / "build/fork"))
+TEXT = ROOT / "examples/heldout.txt"
+TYPES = [layout.name for layout in LAYOUTS]
+MIXTURES = ["ccq_t1_5_m", "ccq_t2_m", "ccq_t2_5_m", "ccq_t3_m"]
+TREES = sorted(path.name for path in BUILT.glob("*") if (path / "build/bin/llama-quantize").is_file())
+if not TREES:
+    TREES = [pytest.param("none", marks=pytest.mark.skip(reason="no tree is compiled: make fork"))]  # type: ignore[list-item]
+
+
+class Tree:
+    """A compiled tree."""
+
+    def __init__(self, name: str) -> None:
+        self.folder = BUILT / name
+        self.ik = (self.folder / FAMILIES["ik_llama.cpp"]).is_file()
+        self.cli = "llama-cli" if self.ik else "llama-completion"
+
+    def run(self, program: str, *args: object, code: int | None = 0) -> str:
+        """Output of one of the tree's programs, both streams."""
+        command = [self.folder / "build/bin" / program, *map(str, args)]
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+        said = result.stdout.decode(errors="replace")
+        assert code is None or result.returncode == code, said[-4000:]
+        return said
+
+    def quantize(self, source: Path, out: Path, type_name: str, *options: object) -> Path:
+        self.run("llama-quantize", *options, source, out, type_name.upper(), 2)
+        return out
+
+
+@pytest.fixture(params=TREES, scope="module")
+def tree(request: pytest.FixtureRequest) -> Tree:
+    return Tree(request.param)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model in f16."""
+    out = tmp_path_factory.mktemp("source") / "f16.gguf"
+    hf2gguf.convert(ROOT / "examples/manllama-4m", out, QuantOptions("f16"), progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wide(source: Path) -> Path:
+    """A random model in f32, with rows that are long enough for CCQ_P2."""
+    return write_model(source.with_name("wide.gguf"), random_tensors("ccq_t3", 0)[1], 0)
+
+
+def make_importance(source: Path) -> Path:
+    """Made up, over three orders of magnitude, some channels silent."""
+    rng = np.random.default_rng(7)
+    entries = {}
+    for tensor in open_model(source).tensors:
+        if len(tensor.shape) == 2:
+            sums = (10 ** rng.uniform(0, 3, tensor.columns)).astype(np.float32)
+            sums[rng.integers(0, len(sums), 3)] = 0
+            entries[tensor.name] = imatrix.Entry(sums, np.array([512.0]))
+        elif len(tensor.shape) == 3:
+            counts = np.array([512.0, 3.0, 0.0, *([40.0] * (tensor.shape[0] - 3))])
+            sums = 10 ** rng.uniform(0, 3, (len(counts), tensor.columns)) * counts[:, None]
+            entries[tensor.name] = imatrix.Entry(sums.astype(np.float32).reshape(-1), counts)
+    out = source.with_suffix(".imatrix.gguf")
+    with ModelWriter(out, "") as writer:
+        imatrix.fill(writer, imatrix.Importance(str(out), entries, ["made up"], 1, 512))
+    return out
+
+
+def binary_importance(path: Path) -> Path:
+    """The same importance in llama-imatrix's older form, the only one that ik_llama.cpp reads."""
+    entries = imatrix.load(path).entries
+    raw = struct.pack("<i", len(entries))
+    for name, entry in entries.items():
+        means = entry.sums / np.float32(entry.counts[0])
+        raw += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", 1, means.size) + means.tobytes()
+    out = path.with_suffix(".dat")
+    out.write_bytes(raw)
+    return out
+
+
+@pytest.fixture(scope="module")
+def models(source: Path, wide: Path) -> dict[str, tuple[Path, Path, Path]]:
+    """By type or mixture: a model, made-up importance, and what ccq-convert makes of them.  The bundled model, or for
+    CCQ_P2, which its rows are too short for, the random one."""
+    out = {}
+    for original in (source, wide):
+        importance = make_importance(original)
+        for name in ["ccq_p2"] if original == wide else [n for n in TYPES + MIXTURES if n != "ccq_p2"]:
+            made = source.with_name(f"{name}.gguf")
+            quantize(original, made, QuantOptions(name, imatrix=imatrix.load(importance)), progress=False)
+            out[name] = (original, importance, made)
+    return out
+
+
+def data(tree: Tree, path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Type, shape and bytes of every tensor; not the bytes where the tree has an encoder of its own: ik_llama.cpp for
+    q4_0 and q5_0."""
+    own = ("q4_0", "q5_0") if tree.ik else ()
+    return {
+        t.name: (t.type_name, t.shape, b"" if t.type_name in own else t.stored_rows(0, t.n_rows).tobytes())
+        for t in open_model(path).tensors
+    }
+
+
+# --- files
+
+
+@pytest.mark.parametrize("name", TYPES + MIXTURES)
+def test_llama_quantize_writes_the_same_bytes(
+    tree: Tree, name: str, models: dict[str, tuple[Path, Path, Path]], tmp_path: Path
+) -> None:
+    original, importance, ours = models[name]
+    if tree.ik:
+        importance = binary_importance(importance)
+    made = tree.quantize(original, tmp_path / "theirs.gguf", name, "--imatrix", importance)
+    assert data(tree, made) == data(tree, ours)
+    model = inspect(made)
+    assert model.spec_version == "0.1"
+    assert model.encoder is not None
+    assert "llama-quantize" in model.encoder
+    assert 900 <= model.metadata["general.file_type"] < 920
+
+
+@pytest.mark.parametrize("name", ["ccq_t2", "ccq_p2_75", "ccq_t2_m"])
+def test_llama_quantize_without_importance(tree: Tree, name: str, source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "ours.gguf", QuantOptions(name), progress=False)
+    assert data(tree, tree.quantize(source, tmp_path / "theirs.gguf", name)) == data(tree, tmp_path / "ours.gguf")
+
+
+@pytest.mark.parametrize("name", ["ccq_t2", "ccq_p2_5", "ccq_t2_m"])
+def test_llama_quantize_of_experts(tree: Tree, name: str, tmp_path: Path) -> None:
+    """Importance of experts leans on that of the layer: of a rarely hit one much, of one never hit altogether."""
+    if tree.ik:
+        pytest.skip("there llama-quantize has no counts of tokens by expert")
+    original = write_model(tmp_path / "moe.gguf", random_tensors("ccq_t3", EXPERTS)[1], EXPERTS)
+    importance = make_importance(original)
+    quantize(original, tmp_path / "ours.gguf", QuantOptions(name, imatrix=imatrix.load(importance)), progress=False)
+    made = tree.quantize(original, tmp_path / "theirs.gguf", name, "--imatrix", importance)
+    assert data(tree, made) == data(tree, tmp_path / "ours.gguf")
+
+
+def test_llama_quantize_with_types_by_name(tree: Tree, source: Path, tmp_path: Path) -> None:
+    rules = [("ffn_down", "ccq_t3"), ("attn_v", "q4_0")]
+    quantize(source, tmp_path / "ours.gguf", QuantOptions("ccq_t2", overrides=rules), progress=False)
+    option = "--custom-q" if tree.ik else "--tensor-type"
+    options: list[str] = []
+    for pattern, target in rules:
+        options += [option, f"{pattern}={target}"]
+    made = tree.quantize(source, tmp_path / "theirs.gguf", "ccq_t2", *options)
+    assert data(tree, made) == data(tree, tmp_path / "ours.gguf")
+
+
+def test_check_tensors(tree: Tree, models: dict[str, tuple[Path, Path, Path]], tmp_path: Path) -> None:
+    good = models["ccq_p2_5"][2]
+    run = ("--check-tensors", "-p", "x", "-n", "1", *(() if tree.ik else ("-no-cnv",)))
+    tree.run(tree.cli, "-m", good, *run)
+    tensor = next(t for t in open_model(good).tensors if t.type_name == "ccq_p2_5")
+    bad = tmp_path / "bad.gguf"
+    shutil.copyfile(good, bad)
+    with open(bad, "r+b") as file:
+        file.seek(tensor.offset + 3 * 82)
+        file.write(b"\xc0\x7f")  # super scale of block 3: NaN
+    said = tree.run(tree.cli, "-m", bad, *run, code=None)
+    assert "a parameter of block 3 is not finite" in said
+    assert f"tensor '{tensor.name}' has invalid data" in said
+
+
+# --- logits
+
+
+PLUGIN = """
+import sys
+import numpy as np
+from ccq_converters.llama import LlamaModel, load_plugin_for
+load_plugin_for(sys.argv[1])
+with LlamaModel(sys.argv[1], n_ctx=256, threads=1) as model:
+    tokens = [int(t) for t in sys.stdin.read().split()]
+    n = len(tokens)
+    np.save(sys.argv[2], model.decode(tokens, list(range(n)), [0] * n, [True] * n))
+"""
+
+
+TOKENS = [int(t) for t in np.random.default_rng(3).integers(3, VOCAB, 96)]
+
+
+@pytest.fixture(scope="module")
+def all_models(models: dict[str, tuple[Path, Path, Path]], source: Path) -> dict[str, Path]:
+    """Files to run: of every type the bundled model or the random one, and random models, dense and with experts, all
+    matrices of which are of that type, the embedding too."""
+    out = {name: made for name, (_, _, made) in models.items()}
+    for name in TYPES:
+        for kind, experts in (("dense", 0), ("moe", EXPERTS)):
+            path = source.with_name(f"{name}-{kind}.gguf")
+            out[f"{name}-{kind}"] = write_model(path, random_tensors(name, experts)[0], experts)
+    return out
+
+
+def plugin_logits(model: Path) -> np.ndarray:
+    """float32 [tokens, vocabulary] in llama-cpp-python, with the plugin, on one thread."""
+    file = model.with_suffix(".npy")
+    if not file.exists():
+        command = [sys.executable, "-c", PLUGIN, str(model), str(file)]
+        subprocess.run(command, input=" ".join(map(str, TOKENS)), text=True, check=True, stderr=subprocess.DEVNULL)
+    logits: np.ndarray = np.load(file)
+    return logits
+
+
+@pytest.fixture(scope="module")
+def program(tree: Tree, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """logits.cpp, linked to the tree's libraries."""
+    out = tmp_path_factory.mktemp("program") / "logits"
+    build = tree.folder / "build"
+    libraries = [p for name in ("llama", "ggml", "ggml-cpu", "ggml-base") for p in build.rglob(f"lib{name}.a")]
+    includes = [f"-I{tree.folder / 'include'}", f"-I{tree.folder / 'ggml/include'}"]
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-std=c++17", "-O1", *includes, Path(__file__).with_name("logits.cpp"), "-o", out]
+    subprocess.run([*command, *libraries, "-fopenmp", "-pthread", "-ldl"], check=True)
+    return out
+
+
+def logits(program: Path, model: Path, like: np.ndarray, threads: int = 1) -> np.ndarray:
+    command = [program, model, "256", str(threads)]
+    result = subprocess.run(command, input=" ".join(map(str, TOKENS)).encode(), stdout=subprocess.PIPE, check=True)
+    return np.frombuffer(result.stdout, np.float32).reshape(like.shape)
+
+
+@pytest.mark.parametrize("name", [*TYPES, "ccq_t2_m", *(f"{t}-{kind}" for t in TYPES for kind in ("dense", "moe"))])
+def test_logits_are_the_plugins(tree: Tree, program: Path, name: str, all_models: dict[str, Path]) -> None:
+    """Bit by bit in llama.cpp.  ik_llama.cpp orders its floats otherwise, weighs experts otherwise, and rounds the
+    activations of q8_0 in its own way: it may differ as much as it does for the same weights in q8_0."""
+    model = all_models[name]
+    wanted = plugin_logits(model)
+    made = logits(program, model, wanted)
+    if not tree.ik:
+        assert np.array_equal(made, wanted)
+        assert np.array_equal(logits(program, model, wanted, threads=2), wanted)
+        return
+    decoded, stock = model.with_suffix(".f32.gguf"), model.with_suffix(".q8_0.gguf")
+    dequantize(model, decoded, "f32", overwrite=True)
+    quantize(decoded, stock, QuantOptions("q8_0", overwrite=True), progress=False)
+    usual = np.abs(logits(program, stock, wanted) - plugin_logits(stock)).mean()
+    assert np.abs(made - wanted).mean() <= 1.1 * usual
+
+
+def test_greedy_text(tree: Tree, models: dict[str, tuple[Path, Path, Path]]) -> None:
+    code = (
+        "import sys; from ccq_converters.llama import LlamaModel, load_plugin_for; load_plugin_for(sys.argv[1])\n"
+        "with LlamaModel(sys.argv[1], n_ctx=128, threads=1) as m: print(m.generate(sys.argv[2], 24)[0], end='')"
+    )
+    prompt = "NAME\n       ls - list"
+    for name in ("ccq_t2", "ccq_t3_m"):
+        wanted = subprocess.run(
+            [sys.executable, "-c", code, str(models[name][2]), prompt], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
+        options = ("--temp", "0", "-n", "24", "-t", "1", "--no-warmup", *(() if tree.ik else ("-no-cnv",)))
+        assert wanted in tree.run(tree.cli, "-m", models[name][2], "-p", prompt, *options)
+
+
+def test_perplexity_is_that_of_eval(tree: Tree, models: dict[str, tuple[Path, Path, Path]]) -> None:
+    for name in ("ccq_t2", "ccq_p2_5"):
+        said = tree.run("llama-perplexity", "-m", models[name][2], "-f", TEXT, "-c", 256, "--chunks", 8, "-t", 1)
+        match = re.search(r"Final estimate: PPL.* = ([\d.]+) \+", said)
+        assert match
+        script = (
+            "import sys; from ccq_converters.evaluate import *\n"
+            "print(f'{evaluate(sys.argv[1], read_text(sys.argv[2]), max_windows=8, threads=1).ppl:.4f}')"
+        )
+        command = [sys.executable, "-c", script, str(models[name][2]), str(TEXT)]
+        ours = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+        if tree.ik:
+            assert float(match[1]) == pytest.approx(float(ours), rel=2e-3)
+        else:
+            assert match[1] == ours
+
+
+# --- programs
+
+
+def test_quantize_fns(tree: Tree) -> None:
+    if tree.ik:
+        pytest.skip("ik_llama.cpp has no target for it")
+    said = tree.run("test-quantize-fns", "-v")
+    for name in TYPES:
+        assert re.search(rf"^{name} absolute quantization error: +ok", said, re.MULTILINE)
+        assert re.search(rf"^{name} dot product error: +ok", said, re.MULTILINE)
+
+
+def test_bench(tree: Tree, source: Path, tmp_path: Path) -> None:
+    model = tree.quantize(source, tmp_path / "theirs.gguf", "ccq_t2_m")
+    said = tree.run("llama-bench", "-m", model, "-p", 32, "-n", 4, "-r", 1, "-t", 1)
+    assert "CCQ_T2_M" in said
+
+
+@contextmanager
+def server(tree: Tree, model: Path, log: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [tree.folder / "build/bin/llama-server", "-m", model, "--port", str(port), "-np", "4", "-c", "1024"]
+    with (
+        open(log, "wb") as out,
+        subprocess.Popen([*command, "-t", "2", "--chat-template", "chatml"], stdout=out, stderr=out) as process,
+    ):
+        try:
+            for _ in range(300):
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as reply:
+                        if reply.status == 200:
+                            break
+                except urllib.error.URLError:
+                    assert process.poll() is None, log.read_text(errors="replace")[-4000:]
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/v1/chat/completions"
+        finally:
+            process.terminate()
+
+
+def chat(url: str, text: str) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": 16, "temperature": 0}
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as reply:
+        answer: dict[str, Any] = json.load(reply)
+    return answer
+
+
+def test_server_answers_one_and_four_at_once(
+    tree: Tree, models: dict[str, tuple[Path, Path, Path]], tmp_path: Path
+) -> None:
+    with server(tree, models["ccq_t2_m"][2], tmp_path / "log") as url:
+        first = chat(url, "What does ls do?")
+        assert first["usage"]["completion_tokens"] > 0
+        assert first["choices"][0]["message"]["content"]
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda i: chat(url, f"What does tool {i} do?"), range(4)))
+        assert all(answer["usage"]["completion_tokens"] > 0 for answer in answers)
+
+
+# --- ids that the fork uses itself
+
+
+def test_files_with_the_forks_own_types_still_load(tree: Tree, source: Path, tmp_path: Path) -> None:
+    """Type id 36 in a file without ccq.spec_version is BitNet's I2_S there: two bits per weight, then one scale."""
+    if not tree.ik:
+        pytest.skip("llama.cpp gives none of our ids to a type of its own")
+    path = tmp_path / "i2_s.gguf"
+    model = open_model(source)
+    writer = gguf.GGUFWriter(path, "llama")
+    reader = gguf.GGUFReader(source)
+    for key, entry in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture":
+            continue
+        writer.add_key_value(key, entry.contents(), entry.types[0], entry.types[1] if len(entry.types) > 1 else None)
+    rng = np.random.default_rng(1)
+    codes: dict[str, np.ndarray] = {}
+    for tensor in model.tensors:
+        if tensor.type_name == "f16" and tensor.name.startswith("blk."):
+            n = tensor.n_weights
+            codes[tensor.name] = rng.integers(0, 256, n // 4, dtype=np.uint8) & 0xAA  # 0 or 2: -1 and 1
+            raw = np.concatenate([codes[tensor.name], np.float32([0.5]).view(np.uint8), np.zeros(28, np.uint8)])
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), raw.nbytes, raw_dtype=36)  # type: ignore[arg-type]
+            writer.tensors[-1][tensor.name].tensor = raw
+        else:
+            writer.add_tensor(tensor.name, tensor.data())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(TensorTypeError, match="type id 36 is BitNet's I2_S"):
+        open_model(path)
+    out = tmp_path / "q8_0.gguf"
+    tree.run("llama-quantize", "--allow-requantize", path, out, "Q8_0", 2)
+    for tensor in open_model(out).tensors:
+        if tensor.name in codes:
+            values = gguf.quants.dequantize(tensor.stored_rows(0, tensor.n_rows), tensor.ggml_type)
+            assert np.allclose(np.abs(values), 0.5, rtol=1e-3)
