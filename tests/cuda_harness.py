@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from cffi import FFI
 
+from ccq_backend.cdef import declarations
 from ccq_format.layouts import Layout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +42,6 @@ class Device:
     """The emulated library.  Arrays that it gets are copied to memory with just the bytes that a device would have."""
 
     def __init__(self, library: Path) -> None:
-        from ccq_backend.cuda import declarations
-
         self.ffi = FFI()
         self.ffi.cdef(declarations((CUDA / "ccq_cuda.h").read_text(encoding="utf-8")))
         self.lib: Any = self.ffi.dlopen(str(library))
