@@ -31,16 +31,18 @@ ucontext_t scheduler;
 unsigned current;
 uint64_t progress;
 const std::function<void()> * running;
+#ifdef EMULATOR_ASAN
 void * scheduler_fake_stack;
 const void * scheduler_stack;
 size_t scheduler_stack_bytes;
+#endif
 
 [[noreturn]] void fail(const char * what) {
     fprintf(stderr, "emulator: %s (block %u, %u)\n", what, blockIdx.x, blockIdx.y);
     abort();
 }
 
-void back_to_scheduler(bool last) {
+void back_to_scheduler([[maybe_unused]] bool last) {
 #ifdef EMULATOR_ASAN
     __sanitizer_start_switch_fiber(last ? nullptr : &fibres[current].fake_stack, scheduler_stack,
                                    scheduler_stack_bytes);
@@ -162,6 +164,7 @@ uint16_t float_to_half(float f) {
     const uint16_t sign = signbit(f) ? 0x8000 : 0;
     const float size = fabsf(f);
     if (isnan(f)) { return 0x7fff; }
+    if (size == 0.0f) { return sign; }
     if (size >= 65520.0f) { return sign | 0x7c00; } /* the middle between 65504 and the next is rounded up */
     int exponent = 0;
     frexpf(size, &exponent); /* size = 0.5..1 * 2^exponent, so its 11 bits end at 2^(exponent - 11) */
