@@ -4,6 +4,7 @@ of backend/cpu/ACTIVATIONS.md."""
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_few_columns(device: Device, layout: Layout, cols: int) -> None:
 
 
 @by_layout
-@pytest.mark.parametrize("cols", [1, 9, 64, 65])
+@pytest.mark.parametrize("cols", [9, 65])
 def test_many_columns(device: Device, layout: Layout, cols: int) -> None:
     rng = np.random.default_rng(cols)
     for rows, blocks, make in ((1, 1, sane_blocks), (65, 3, random_blocks)):
@@ -211,13 +212,31 @@ def test_refusals(device: Device) -> None:
         assert lib.ccq_cuda_mat_vec(ffi.new("ccq_cuda_product *", good | change), null) == status, change
 
 
+@by_layout
+def test_all_kernels_on_little(device: Device, layout: Layout) -> None:
+    """Every kernel once; what also runs under sanitizers in the default suite."""
+    rng = np.random.default_rng(14)
+    b = random_blocks(layout, 3, 2, rng)
+    x = activations(9, 2 * layout.block_weights, rng)
+    for out in ("f32", "f16", "bf16"):
+        want = to_bits(np.stack([expected_weights(layout, row) for row in b]), out)
+        assert np.array_equal(device.dequantize(layout, b, out, index=[2, 0, 1], skew=3), want[[2, 0, 1]])
+    for columns in (1, 3, 7):
+        check_product(layout, b, x[:columns], device.product("mat_vec", layout, b, x[:columns], skew=columns % 4))
+    check_product(layout, b, x, device.product("mat_mul", layout, b, x, skew=2))
+    for function in ("mat_vec", "mat_mul"):
+        got = device.product(function, layout, np.stack([b, b]), x[:2], ids=[1, 1, 3, 1], repeat=2)
+        check_product(layout, b, x[[0, 0, 1]], got[[0, 1, 3]])
+
+
 SANITIZER = """
 import sys, pytest
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", "not sanitizers and not large", sys.argv[1]]))
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", sys.argv[2], sys.argv[1]]))
 """
 
 
-def test_with_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tests", ["on_little", pytest.param("not sanitizers", marks=pytest.mark.slow)])
+def test_with_sanitizers(tmp_path: Path, tests: str) -> None:
     """The same under AddressSanitizer and UndefinedBehaviorSanitizer; arrays end where a device's words do."""
     asan = subprocess.run(
         [str(cuda_harness.compiler()), "-print-file-name=libasan.so"], capture_output=True, text=True
@@ -234,6 +253,23 @@ def test_with_sanitizers(tmp_path: Path) -> None:
         "PYTHONMALLOC": "malloc",
     }
     run = subprocess.run(
-        [sys.executable, "-c", SANITIZER, __file__], env=env, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", SANITIZER, __file__, tests], env=env, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+def test_an_off_by_one_is_caught(tmp_path: Path) -> None:
+    """The harness itself: kernels with one wrong bound or index each fail the comparison above."""
+    source = (cuda_harness.CUDA / "kernels.h").read_text(encoding="utf-8")
+    layout, rng = LAYOUTS[1], np.random.default_rng(15)
+    b = sane_blocks(layout, 5, 3, rng)
+    x = activations(2, 3 * 64, rng)
+    right = "for (int64_t group = t; group < p.n_groups; group += span)"
+    assert source.count(right) == 1
+    (tmp_path / "core").symlink_to(cuda_harness.CUDA.parent / "core")
+    cuda = tmp_path / "cuda"
+    shutil.copytree(cuda_harness.CUDA, cuda)
+    (cuda / "kernels.h").write_text(source.replace(right, right.replace("p.n_groups;", "p.n_groups - 1;")))
+    wrong = Device(cuda_harness.build(tmp_path / "wrong.so", ("-O0",), cuda))
+    with pytest.raises(AssertionError):
+        check_product(layout, b, x, wrong.product("mat_vec", layout, b, x))

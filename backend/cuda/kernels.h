@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(VECTOR_THREADS) mat_vec(const product p, int s
     using layout = activations<GROUP::PAIRED ? ACT_PAIRED : ACT_PLAIN>;
     __shared__ float partial[VECTOR_THREADS / 32][ROWS * COLS];
     const int t = (int)threadIdx.x & (span - 1);
-    const int64_t first_row = ((int64_t)blockIdx.x * VECTOR_THREADS + threadIdx.x) / span * ROWS;
+    const uint32_t spans = VECTOR_THREADS / (uint32_t)span;
+    const int64_t first_row = ((int64_t)blockIdx.x * spans + threadIdx.x / (uint32_t)span) * ROWS;
     const int64_t first_col = (int64_t)blockIdx.y * COLS;
     const uint8_t * blocks = p.blocks;
     bool inside = true;
@@ -167,7 +168,8 @@ __global__ void __launch_bounds__(VECTOR_THREADS) mat_vec(const product p, int s
     const uint8_t * act[COLS];
     CCQ_UNROLL
     for (int c = 0; c < COLS; c++) {
-        act[c] = p.act + (first_col + c < p.n_cols ? first_col + c : p.n_cols - 1) / p.repeat * p.act_stride;
+        const int64_t col = first_col + c < p.n_cols ? first_col + c : p.n_cols - 1;
+        act[c] = p.act + (uint32_t)col / (uint32_t)p.repeat * p.act_stride;
     }
     float total[ROWS][COLS] = {};
     for (int64_t group = t; group < p.n_groups; group += span) {
@@ -329,7 +331,7 @@ __global__ void __launch_bounds__(MATRIX_THREADS)
         }
         for (int i = t; i < stages * TILE_COLS * 4; i += MATRIX_THREADS) {
             const int c = i / 4 % TILE_COLS, s = i / (4 * TILE_COLS);
-            const uint8_t * act = p.act + column[c] / p.repeat * p.act_stride;
+            const uint8_t * act = p.act + (uint32_t)column[c] / (uint32_t)p.repeat * p.act_stride;
             values[s][c][i % 4] = __ldg((const uint4 *)(act + layout::piece(group + s, i % 4)));
             if (i % 4 == 0) {
                 factors[s][c] =
