@@ -108,7 +108,7 @@ class BackendError(CcqError):
 
 
 class CudaError(CcqError):
-    """The CUDA kernels cannot run: not built, no device, an array that is elsewhere or of another kind, or CUDA refused."""
+    """The CUDA kernels cannot run: not built, no device, an array elsewhere or of another kind, or CUDA refused."""
 
 
 class PluginError(CcqError):

@@ -1,5 +1,5 @@
-"""The CUDA kernels on a CPU: ``backend/cuda`` compiled as host C++ over the emulator in ``tests/cuda``, and its C interface
-on NumPy arrays."""
+"""The CUDA kernels on a CPU: ``backend/cuda`` compiled as host C++ over the emulator in ``tests/cuda``, and its C
+interface on NumPy arrays."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The CUDA kernels, run on a CPU (``cuda_harness.py``): all types against the layout table, bit for bit or within the bound
-of backend/cpu/ACTIVATIONS.md."""
+"""The CUDA kernels, run on a CPU (``cuda_harness.py``): all types against the layout table, bit for bit or within the
+bound of backend/cpu/ACTIVATIONS.md."""
 
 from __future__ import annotations
 
@@ -235,7 +235,13 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", sys.argv[2], s
 """
 
 
-@pytest.mark.parametrize("tests", ["on_little", pytest.param("not sanitizers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tests",
+    [
+        pytest.param("test_all_kernels_on_little", id="some"),
+        pytest.param("not sanitizers and not off_by_one", id="all", marks=pytest.mark.slow),
+    ],
+)
 def test_with_sanitizers(tmp_path: Path, tests: str) -> None:
     """The same under AddressSanitizer and UndefinedBehaviorSanitizer; arrays end where a device's words do."""
     asan = subprocess.run(

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from cdef import declarations  # type: ignore[import-not-found]  # beside this script
+
 from cffi import FFI
 
 HEADER = Path(__file__).resolve().parent.parent / "include" / "ccq.h"

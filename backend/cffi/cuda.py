@@ -1,9 +1,10 @@
 """The CCQ types on NVIDIA GPUs: ``libccq_cuda`` (``backend/cuda/ccq_cuda.h``), loaded when a function is first called.
 
-Arrays are CUDA tensors of torch, or anything with ``__cuda_array_interface__`` or ``__dlpack__`` (the latter needs torch);
-nothing is copied.  They must be on one device and contiguous along their last dimension.  Work is queued on torch's
-current stream of that device where an array is torch's, else on ``stream`` (an integer handle; default: the default
-stream), and nothing waits for it.  Results are new torch tensors, or written to ``out``, which all other arrays need.
+Arrays are CUDA tensors of torch, or anything with ``__cuda_array_interface__`` or ``__dlpack__`` (the latter needs
+torch); nothing is copied.  They must be on one device and contiguous along their last dimension.  Work is queued on
+torch's current stream of that device where an array is torch's, else on ``stream`` (an integer handle; default: the
+default stream), and nothing waits for it.  Results are new torch tensors, or written to ``out``, which all other arrays
+need.
 
 Importing this needs neither CUDA nor torch; without a usable library every function raises ``CudaError``.
 """
@@ -17,9 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cffi import FFI
-
 from ccq_format import errors, layouts
+from cffi import FFI
 
 from .cdef import declarations
 
@@ -35,7 +35,7 @@ class _Library(NamedTuple):
 
 
 class _Array(NamedTuple):
-    """Address, shape, strides in elements, dtype by name, device (``None``: the current one), and what keeps it alive."""
+    """Address, shape, strides in elements, dtype by name, device (``None``: the current one), what keeps it alive."""
 
     address: int
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ def _load(path: Path) -> _Library:
     ffi = FFI()
     ffi.cdef(declarations(Path(__file__).with_name("ccq_cuda.h").read_text(encoding="utf-8")))
     try:
-        lib = ffi.dlopen(os.fspath(path))
+        lib: Any = ffi.dlopen(os.fspath(path))
     except OSError as error:
         raise errors.CudaError(f"the CUDA kernels cannot be loaded: {error}", file=path) from None
     library = _Library(ffi, lib)
@@ -104,11 +104,11 @@ def _array(array: Any, what: str, dtypes: Sequence[str], dims: Sequence[int]) ->
     """Check and unwrap an argument.  Raises ``CudaError``, ``ShapeError``."""
     if not _torch_tensor(array) and not hasattr(array, "__cuda_array_interface__") and hasattr(array, "__dlpack__"):
         try:
-            import torch
+            import torch.utils.dlpack
         except ImportError:
             raise errors.CudaError(f"{what}: reading a DLPack array needs torch") from None
         try:
-            array = torch.from_dlpack(array)
+            array = torch.utils.dlpack.from_dlpack(array)
         except (RuntimeError, TypeError, ValueError, BufferError) as error:
             raise errors.CudaError(f"{what}: {error}") from None
     if _torch_tensor(array):
@@ -226,7 +226,7 @@ def dequantize(
     out: Any = None,
     stream: int | None = None,
 ) -> Any:
-    """The exact weights [n, cols] of blocks u8 [rows, row bytes], rounded once to ``dtype`` (float32, float16, bfloat16).
+    """The exact weights [n, cols] of blocks u8 [rows, row bytes], rounded once to ``dtype``: float32, float16, bfloat16.
 
     ``rows``: i32 [n], which rows (GET_ROWS), at most 65535; a number outside the matrix gives a row of NaN.  All rows
     without it.  Raises ``CudaError``, ``ShapeError``, ``BackendError``.
@@ -331,8 +331,9 @@ def matmul_id(
 ) -> Any:
     """Products of a mixture of experts, f32 [tokens, k, rows]: slot j of token t with the matrix of expert ids[t, j].
 
-    ``blocks``: u8 [experts, rows, row bytes]; ``ids``: i32 [tokens, k], contiguous; ``x``: [tokens, cols], the same for all
-    slots of a token, or [tokens, k, cols], contiguous.  An id outside the experts gives NaN.  Raises as ``matvec`` does.
+    ``blocks``: u8 [experts, rows, row bytes]; ``ids``: i32 [tokens, k], contiguous; ``x``: [tokens, cols], the same for
+    all slots of a token, or [tokens, k, cols], contiguous.  An id outside the experts gives NaN.  Raises as ``matvec``
+    does.
     """
     layout = _layout(type)
     _library()

@@ -1,5 +1,5 @@
-"""Linear layers of torch whose weights stay in CCQ blocks: on a CUDA device they run ``ccq_backend.cuda.matmul``, on the CPU
-the kernels of ``ccq_backend``.  Needs torch.
+"""Linear layers of torch whose weights stay in CCQ blocks: on a CUDA device they run ``ccq_backend.cuda.matmul``, on the
+CPU the kernels of ``ccq_backend``.  Needs torch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["CcqLinear", "replace_linears"]
 class CcqLinear(torch.nn.Module):
     """``y = x W^T + b`` with W in CCQ blocks; for inference, without gradients.
 
-    Buffers: ``blocks`` u8 [out_features, row bytes], ``bias`` [out_features] or ``None``; ``to(device)`` moves them.  x is
-    f32, f16 or bf16 [..., in_features], y has its dtype.  Activations are rounded to integers first (8 bits on a GPU,
-    8 or 16 on a CPU: backend/cpu/ACTIVATIONS.md).  Raises ``ShapeError``; on a GPU ``CudaError``.
+    Buffers: ``blocks`` u8 [out_features, row bytes], ``bias`` [out_features] or ``None``; ``to(device)`` moves them.
+    x is f32, f16 or bf16 [..., in_features], y has its dtype.  Activations are rounded to integers first (8 bits on a
+    GPU, 8 or 16 on a CPU: backend/cpu/ACTIVATIONS.md).  Raises ``ShapeError``; on a GPU ``CudaError``.
     """
 
     blocks: torch.Tensor
@@ -79,8 +79,8 @@ class CcqLinear(torch.nn.Module):
         else:
             act = kernels.quantize_activations(rows.float().numpy())
             y = torch.from_numpy(kernels.mul_mat(self.layout, self.blocks.numpy(), act))
-        y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        out: torch.Tensor = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -88,11 +88,11 @@ class CcqLinear(torch.nn.Module):
 
 
 def replace_linears(model: torch.nn.Module, path: str | os.PathLike[str]) -> int:
-    """Put a ``CcqLinear`` in place of every ``torch.nn.Linear`` of a transformers model whose matrix is of a CCQ type in
-    the GGUF file ``path`` of that model; biases stay the module's own.  Returns how many.
+    """Put a ``CcqLinear`` in place of every ``torch.nn.Linear`` of a transformers model whose matrix is of a CCQ type
+    in the GGUF file ``path`` of that model; biases stay the module's own.  Returns how many.
 
-    Names are found by gguf's own map.  Raises what ``CcqLinear.from_file`` raises, and ``ModelError`` if gguf does not know
-    the file's architecture or a shape is not the module's.
+    Names are found by gguf's own map.  Raises what ``CcqLinear.from_file`` raises, and ``ModelError`` if gguf does not
+    know the file's architecture or a shape is not the module's.
     """
     file = gguf_io.open_model(path)
     arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == file.arch), None)

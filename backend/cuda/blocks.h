@@ -1,8 +1,8 @@
 /* Groups of 64 weights in registers: one thread loads a group whole and hands out its levels four at a time.
  *
  * Blocks have 13 to 142 bytes and begin anywhere.  A thread loads the aligned words that hold its group and shifts them
- * into place.  A T block has 4 k + 1 bytes, so that it lies in exactly k + 1 words wherever it begins; README.md says why
- * this was chosen.  The words with the first and the last byte of a tensor are read whole. */
+ * into place.  A T block has 4 k + 1 bytes, so that it lies in exactly k + 1 words wherever it begins; README.md says
+ * why this was chosen.  The words with the first and the last byte of a tensor are read whole. */
 #ifndef CCQ_CUDA_BLOCKS_H
 #define CCQ_CUDA_BLOCKS_H
 

@@ -95,8 +95,8 @@ cudaError_t dequantize_type(int32_t type, int32_t out_type, const dequantize_arg
     switch (type) {
 #define CASE(STEM, stem, id, weights, bytes)                                                                           \
     case id:                                                                                                           \
-        return dequantize_to<ccq_group_##stem, CCQ_##STEM##_GROUPS, bytes,                                             \
-                             (int)CCQ_INDEX_##STEM<(int)CCQ_FIRST_PAPER_INDEX>(out_type, a, out);
+        return dequantize_to < ccq_group_##stem, CCQ_##STEM##_GROUPS, bytes,                                           \
+               (int)CCQ_INDEX_##STEM<(int)CCQ_FIRST_PAPER_INDEX>(out_type, a, out);
         CCQ_TYPES(CASE)
 #undef CASE
     default: return cudaErrorInvalidValue;
@@ -114,16 +114,17 @@ cudaError_t quantize_rows(const ccq_cuda_product & in, int64_t n_rows, uint8_t *
         uint8_t * to = act + first * stride;
         cudaError_t error;
         if (in.x_type == CCQ_CUDA_F32) {
-            error = CCQ_LAUNCH((quantize<LAYOUT, float>), grid, QUANTIZE_THREADS, stream,
-                               static_cast<const float *>(in.x) + first * in.x_stride, in.x_stride, n_groups, to, stride);
+            error =
+                CCQ_LAUNCH((quantize<LAYOUT, float>), grid, QUANTIZE_THREADS, stream,
+                           static_cast<const float *>(in.x) + first * in.x_stride, in.x_stride, n_groups, to, stride);
         } else if (in.x_type == CCQ_CUDA_F16) {
             error = CCQ_LAUNCH((quantize<LAYOUT, half_bits>), grid, QUANTIZE_THREADS, stream,
                                static_cast<const half_bits *>(in.x) + first * in.x_stride, in.x_stride, n_groups, to,
                                stride);
         } else {
             error = CCQ_LAUNCH((quantize<LAYOUT, bfloat16_bits>), grid, QUANTIZE_THREADS, stream,
-                               static_cast<const bfloat16_bits *>(in.x) + first * in.x_stride, in.x_stride, n_groups, to,
-                               stride);
+                               static_cast<const bfloat16_bits *>(in.x) + first * in.x_stride, in.x_stride, n_groups,
+                               to, stride);
         }
         if (error != cudaSuccess) { return error; }
     }
@@ -173,9 +174,8 @@ template <class GROUP, int COLS, int ROWS> cudaError_t launch_mat_vec(const prod
     int span = 1;
     while (span < VECTOR_THREADS && span < p.n_groups) { span *= 2; }
     const int64_t rows_per_block = VECTOR_THREADS / span * ROWS;
-    return CCQ_LAUNCH((mat_vec<GROUP, COLS, ROWS>),
-                      grid_of(divided(p.n_rows, rows_per_block), divided(p.n_cols, COLS)), VECTOR_THREADS, stream, p,
-                      span);
+    return CCQ_LAUNCH((mat_vec<GROUP, COLS, ROWS>), grid_of(divided(p.n_rows, rows_per_block), divided(p.n_cols, COLS)),
+                      VECTOR_THREADS, stream, p, span);
 }
 
 /* With fewer groups than this, four rows a thread would leave multiprocessors of a large GPU idle. */
@@ -218,8 +218,8 @@ template <class GROUP> cudaError_t matrix_product(const ccq_cuda_product & in, c
         int32_t * counts = reinterpret_cast<int32_t *>(memory.bytes() + rows * stride);
         columns = counts + in.n_experts + 1;
         tiles = reinterpret_cast<col_tile *>(columns + in.n_cols);
-        error = CCQ_LAUNCH((sort_columns), grid_of(1, 1), SORT_THREADS, stream, in.ids, (int32_t)in.n_cols, in.n_experts,
-                           counts, columns, tiles, (int32_t)max_tiles);
+        error = CCQ_LAUNCH((sort_columns), grid_of(1, 1), SORT_THREADS, stream, in.ids, (int32_t)in.n_cols,
+                           in.n_experts, counts, columns, tiles, (int32_t)max_tiles);
     }
     if (error != cudaSuccess) { return error; }
     return CCQ_LAUNCH((mat_mul<GROUP>), grid_of(divided(in.n_rows, TILE_ROWS), max_tiles), MATRIX_THREADS, stream,

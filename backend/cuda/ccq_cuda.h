@@ -1,9 +1,9 @@
 /* C interface of libccq_cuda: the CCQ types on an NVIDIA GPU.
  *
  * All pointers are to memory of the current device, unless said otherwise, and all work is queued on `stream` (a
- * cudaStream_t; NULL is the default stream): nothing waits.  Types are named by their GGUF tensor type id (spec section 3).
- * Of a tensor's bytes the aligned 4-byte words with the first and the last one are read whole; device allocations hold
- * them.  All functions are thread safe. */
+ * cudaStream_t; NULL is the default stream): nothing waits.  Types are named by their GGUF tensor type id (spec section
+ * 3). Of a tensor's bytes the aligned 4-byte words with the first and the last one are read whole; device allocations
+ * hold them.  All functions are thread safe. */
 #ifndef CCQ_CUDA_H
 #define CCQ_CUDA_H
 
@@ -37,20 +37,21 @@ ccq_cuda_status ccq_cuda_device_count(int32_t * count);
 /* Make `device` this thread's current one; *previous is the one before. */
 ccq_cuda_status ccq_cuda_set_device(int32_t device, int32_t * previous);
 
-/* Rows of n weights as floats, `out_stride` floats apart, the exact weights rounded once to their type.  With `index`, row
- * i is row index[i] of the matrix (NaN if there is none) and n_out rows are made, at most 65535; else all rows are, and
- * n_out is ignored. */
+/* Rows of n weights as floats, `out_stride` floats apart, the exact weights rounded once to their type.  With `index`,
+ * row i is row index[i] of the matrix (NaN if there is none) and n_out rows are made, at most 65535; else all rows are,
+ * and n_out is ignored. */
 ccq_cuda_status ccq_cuda_dequantize(int32_t type, const void * blocks, int64_t row_stride, int64_t n_rows, int64_t n,
                                     const int32_t * index, int64_t n_out, int32_t out_type, void * out,
                                     int64_t out_stride, void * stream);
 
 /* A product with activations that are rounded to 8 bits first (backend/cpu/ACTIVATIONS.md, with its error bound):
- * out[c][r] = <row r, x[c]>.  With `ids` column c takes the matrix of expert ids[c], and x row c / repeat; columns whose
- * id is outside [0, n_experts) become NaN. */
+ * out[c][r] = <row r, x[c]>.  With `ids` column c takes the matrix of expert ids[c], and x row c / repeat; columns
+ * whose id is outside [0, n_experts) become NaN. */
 typedef struct ccq_cuda_product {
     int32_t type;
-    int64_t n;           /* weights of a row */
-    const void * blocks; /* n_rows rows, row_stride bytes apart; an expert's matrix expert_stride bytes after the last */
+    int64_t n; /* weights of a row */
+    const void *
+        blocks; /* n_rows rows, row_stride bytes apart; an expert's matrix expert_stride bytes after the last */
     int64_t row_stride;
     int64_t n_rows;
     const int32_t * ids; /* NULL: one matrix */

@@ -10,8 +10,8 @@ namespace ccq {
 
 enum { DECODE_GROUPS = 64 };
 
-/* Rows of blocks to floats; row i is row index[i] of the matrix, or i.  A thread decodes a group into shared memory, then
- * all write: so that stores are whole lines.  An index outside the matrix makes a row of NaN. */
+/* Rows of blocks to floats; row i is row index[i] of the matrix, or i.  A thread decodes a group into shared memory,
+ * then all write: so that stores are whole lines.  An index outside the matrix makes a row of NaN. */
 template <float (*GROUP_LEVELS)(const uint8_t *, int, int8_t *), int GROUPS, int BYTES, int TRELLIS, class OUT>
 __global__ void __launch_bounds__(DECODE_GROUPS)
     dequantize(const uint8_t * blocks, int64_t row_stride, int64_t n_rows, const int32_t * index, int64_t n_groups,
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(DECODE_GROUPS)
  *     plain       matrix-vector with P types;                     64 bytes a group
  *     natural     matrix-matrix: the values in their order
  *
- * For the first two, in which a thread holds a group and its neighbour the next one, the 16-byte pieces of 32 groups lie
- * interleaved: piece 0 of all, piece 1 of all, ...: a warp reads 512 contiguous bytes at a time. */
+ * For the first two, in which a thread holds a group and its neighbour the next one, the 16-byte pieces of 32 groups
+ * lie interleaved: piece 0 of all, piece 1 of all, ...: a warp reads 512 contiguous bytes at a time. */
 enum act_layout { ACT_PAIRED, ACT_PLAIN, ACT_NATURAL };
 
 struct group_scale {
@@ -70,9 +70,9 @@ template <act_layout LAYOUT> struct activations {
         return (values(n_groups) + n_groups * (int64_t)sizeof(group_scale) + 15) & ~(int64_t)15;
     }
     static __device__ __forceinline__ int64_t piece(int64_t group, int i) {
-        return LAYOUT == ACT_NATURAL ? group * CCQ_GROUP + i * 16
-                                     : group / TILE_GROUPS * (TILE_GROUPS * BYTES) + i * (TILE_GROUPS * 16) +
-                                           group % TILE_GROUPS * 16;
+        return LAYOUT == ACT_NATURAL
+                   ? group * CCQ_GROUP + i * 16
+                   : group / TILE_GROUPS * (TILE_GROUPS * BYTES) + i * (TILE_GROUPS * 16) + group % TILE_GROUPS * 16;
     }
 };
 
@@ -140,8 +140,8 @@ struct product {
 enum { VECTOR_THREADS = 128 };
 
 /* Few columns.  `span` threads, a power of two, share ROWS rows: each takes every span-th group of all of them, and the
- * activations that it loads serve all ROWS.  A span is at most a block; smaller ones share a block.  Splitting rows among
- * so many threads is also what fills the GPU when a matrix is small.
+ * activations that it loads serve all ROWS.  A span is at most a block; smaller ones share a block.  Splitting rows
+ * among so many threads is also what fills the GPU when a matrix is small.
  *
  * With ids every column has an expert of its own, and COLS is 1. */
 template <class GROUP, int COLS, int ROWS>
@@ -206,9 +206,7 @@ __global__ void __launch_bounds__(VECTOR_THREADS) mat_vec(const product p, int s
         CCQ_UNROLL
         for (int r = 0; r < ROWS; r++) {
             CCQ_UNROLL
-            for (int c = 0; c < COLS; c++) {
-                total[r][c] = fmaf(w[r].scale, d[c] * (float)dot[r][c], total[r][c]);
-            }
+            for (int c = 0; c < COLS; c++) { total[r][c] = fmaf(w[r].scale, d[c] * (float)dot[r][c], total[r][c]); }
         }
     }
     CCQ_UNROLL
@@ -238,24 +236,23 @@ __global__ void __launch_bounds__(VECTOR_THREADS) mat_vec(const product p, int s
 
 enum { TILE_ROWS = 64, TILE_COLS = 64, MATRIX_THREADS = 128, STAGE = MATRIX_THREADS / TILE_ROWS };
 
-/* Which columns a block of mat_mul takes: those of one expert, at most TILE_COLS, columns[first] to columns[end - 1]. */
+/* Which columns a block of mat_mul takes: those of one expert, at most TILE_COLS, columns[first] to columns[end - 1].
+ */
 struct col_tile {
     int32_t expert, first, end;
 };
 
 enum { SORT_THREADS = 256 };
 
-/* Columns in order of their experts, and tiles of them; tiles that are not needed are empty.  One block; each thread takes
- * every SORT_THREADS-th expert, so the order within an expert is that of the columns.  Columns with an expert that does not
- * exist come last, with expert -1. */
+/* Columns in order of their experts, and tiles of them; tiles that are not needed are empty.  One block; each thread
+ * takes every SORT_THREADS-th expert, so the order within an expert is that of the columns.  Columns with an expert
+ * that does not exist come last, with expert -1. */
 __global__ void __launch_bounds__(SORT_THREADS)
     sort_columns(const int32_t * ids, int32_t n_cols, int32_t n_experts, int32_t * counts, int32_t * columns,
                  col_tile * tiles, int32_t max_tiles) {
     for (int32_t e = (int32_t)threadIdx.x; e <= n_experts; e += SORT_THREADS) {
         int32_t count = 0;
-        for (int32_t c = 0; c < n_cols; c++) {
-            count += (ids[c] >= 0 && ids[c] < n_experts ? ids[c] : n_experts) == e;
-        }
+        for (int32_t c = 0; c < n_cols; c++) { count += (ids[c] >= 0 && ids[c] < n_experts ? ids[c] : n_experts) == e; }
         counts[e] = count;
     }
     __syncthreads();
@@ -285,9 +282,9 @@ __global__ void __launch_bounds__(SORT_THREADS)
  * STAGE groups of all rows, one group each, to int8 in shared memory, from where tensor cores multiply them; what they
  * give is scaled once per group.
  *
- * The order of the 64 products in a group is free, so a lane takes 16 consecutive weights, and 16 activations, as the four
- * operands of two steps: all are one load of 16 bytes.  Those four pieces of a row are stored with their numbers XORed with
- * the row's (swizzled), so that the stores of 8 neighbouring rows go to different banks. */
+ * The order of the 64 products in a group is free, so a lane takes 16 consecutive weights, and 16 activations, as the
+ * four operands of two steps: all are one load of 16 bytes.  Those four pieces of a row are stored with their numbers
+ * XORed with the row's (swizzled), so that the stores of 8 neighbouring rows go to different banks. */
 template <class GROUP>
 __global__ void __launch_bounds__(MATRIX_THREADS)
     mat_mul(const product p, const int32_t * columns, const col_tile * tiles) {

@@ -1,9 +1,10 @@
 """Static evidence about the CUDA kernels: registers, local memory and instructions per weight of every kernel.
 
-Compiles ``backend/cuda`` for each architecture, disassembles it and counts the instructions in the main loop of every kernel:
-all of them, loads, address arithmetic and scaling included.  With ``--llama`` and ``--ik``, source trees of llama.cpp and
-ik_llama.cpp (both come in source archives of PyPI's ``llama-cpp-python`` and ``ik-llama-cpp-python``), their matrix-vector
-kernels for one column of 2-bit types are compiled by the same nvcc and counted in the same way.
+Compiles ``backend/cuda`` for each architecture, disassembles it and counts the instructions in the main loop of every
+kernel: all of them, loads, address arithmetic and scaling included.  With ``--llama`` and ``--ik``, source trees of
+llama.cpp and ik_llama.cpp (both come in the source archives of the Python packages ``llama-cpp-python`` and
+``ik-llama-cpp-python``), their matrix-vector kernels for one column of 2-bit types are compiled by the same nvcc and
+counted in the same way.
 
 This shows what a GPU has to execute, not how long that takes.
 """
@@ -145,7 +146,9 @@ def compiled(
 ) -> tuple[dict[str, list[Instruction]], dict[str, tuple[int, int]]]:
     """Disassembly and usage of a source file's kernels."""
     cubin = str(build / "kernels.cubin")
-    log = shell("nvcc", f"-arch={arch}", "-cubin", "-O3", "-std=c++17", "-Xptxas", "-v", *flags, str(source), "-o", cubin)
+    log = shell(
+        "nvcc", f"-arch={arch}", "-cubin", "-O3", "-std=c++17", "-Xptxas", "-v", *flags, str(source), "-o", cubin
+    )
     return functions(shell(cuobjdump, "-sass", cubin)), usage(log)
 
 
@@ -202,7 +205,14 @@ def rows(arch: str, cuobjdump: str, build: Path, trees: dict[str, Path | None]) 
         (build / "cublas_v2.h").write_text(CUBLAS, encoding="utf-8")
         folders = (build, tree / "ggml/src/ggml-cuda", tree / "ggml/src", tree / "ggml/include")
         defines = ("-DGGML_CUDA_FUSION=1", "-DGGML_CUDA_MIN_BATCH_OFFLOAD=32")  # build options of ik_llama.cpp
-        flags = ("-use_fast_math", *defines, "-extended-lambda", "--expt-relaxed-constexpr", "-w", *(f"-I{f}" for f in folders))
+        flags = (
+            "-use_fast_math",
+            *defines,
+            "-extended-lambda",
+            "--expt-relaxed-constexpr",
+            "-w",
+            *(f"-I{f}" for f in folders),
+        )
         bodies, used = compiled(source, arch, cuobjdump, build, flags)
         ((kernel, body),) = ((k, b) for k, b in bodies.items() if "mul_mat_vec_q" in k)
         ops = main_loop(body)
@@ -249,7 +259,9 @@ def main(archs: tuple[str, ...], llama: Path | None, ik: Path | None, cuobjdump:
         writer.writeheader()
         writer.writerows(table)
     for row in table:
-        click.echo("  ".join(f"{row[c]!s:>{w}}" for c, w in zip(columns, (6, 12, 14, 10, 4, 4, 4, 4, 5, 6), strict=True)))
+        click.echo(
+            "  ".join(f"{row[c]!s:>{w}}" for c, w in zip(columns, (6, 12, 14, 10, 4, 4, 4, 4, 5, 6), strict=True))
+        )
     if any(r["local_bytes"] for r in table if r["project"] == "ccq"):
         raise click.ClickException("a kernel uses local memory")
 

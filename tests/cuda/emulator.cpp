@@ -83,8 +83,8 @@ void start() {
     progress++;
     warps[current / WARP].meeting.alive--;
     block.alive--;
-    /* On the device, a thread that has returned no longer counts at a block's barrier; a warp's operation with it in the
-     * mask would be an error, which shows here as threads that wait for ever or as a wrong lane's words. */
+    /* On the device, a thread that has returned no longer counts at a block's barrier; a warp's operation with it in
+     * the mask would be an error, which shows here as threads that wait for ever or as a wrong lane's words. */
     open_if_complete(&block);
     back_to_scheduler(true);
 }
@@ -176,7 +176,9 @@ uint16_t float_to_half(float f) {
 } // namespace ccq
 
 const char * cudaGetErrorString(cudaError_t error) {
-    return error == cudaSuccess ? "no error" : error == cudaErrorMemoryAllocation ? "out of memory" : "invalid argument";
+    return error == cudaSuccess                 ? "no error"
+           : error == cudaErrorMemoryAllocation ? "out of memory"
+                                                : "invalid argument";
 }
 
 cudaError_t cudaMallocAsync(void ** memory, size_t bytes, cudaStream_t) {

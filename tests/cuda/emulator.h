@@ -1,6 +1,6 @@
-/* A GPU as far as backend/cuda needs one, in host C++: blocks run one after another, the threads of a block are fibres that
- * run until they wait for each other (barriers, shuffles, mma), and device memory is host memory.  A fibre that waits
- * where others never come, or at another place than they do, ends the program with a message.
+/* A GPU as far as backend/cuda needs one, in host C++: blocks run one after another, the threads of a block are fibres
+ * that run until they wait for each other (barriers, shuffles, mma), and device memory is host memory.  A fibre that
+ * waits where others never come, or at another place than they do, ends the program with a message.
  *
  * Shared memory is a function's static memory: a read of what was not written sees what an earlier block left. */
 #ifndef CCQ_TESTS_EMULATOR_H
@@ -104,9 +104,9 @@ inline int32_t __dp4a(int32_t a, int32_t b, int32_t c) {
 namespace ccq {
 
 /* mma.m16n8k32 by the fragment tables of the PTX ISA: element i of a lane's fragment, as (row, column).
- *   A (16 x 32), i = 0..15: row = lane / 4 + (i in 4..7 or 12..15 ? 8 : 0), column = lane % 4 * 4 + i % 4 + (i >= 8 ? 16 : 0)
- *   B (32 x 8),  i = 0..7:  row = lane % 4 * 4 + i % 4 + (i >= 4 ? 16 : 0), column = lane / 4
- *   C (16 x 8),  i = 0..3:  row = lane / 4 + (i >= 2 ? 8 : 0),              column = lane % 4 * 2 + i % 2 */
+ *   A (16 x 32), i = 0..15: row = lane / 4 + (i in 4..7 or 12..15 ? 8 : 0), column = lane % 4 * 4 + i % 4 + (i >= 8 ?
+ * 16 : 0) B (32 x 8),  i = 0..7:  row = lane % 4 * 4 + i % 4 + (i >= 4 ? 16 : 0), column = lane / 4 C (16 x 8),  i =
+ * 0..3:  row = lane / 4 + (i >= 2 ? 8 : 0),              column = lane % 4 * 2 + i % 2 */
 inline void mma(int32_t c[4], const uint32_t a[4], const uint32_t b[2]) {
     const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
     const auto all = emulator::exchange(mine, 6, 2);
