@@ -3,9 +3,12 @@ interface on NumPy arrays."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ CUDA = ROOT / "backend" / "cuda"
 EMULATOR = ROOT / "tests" / "cuda"
 
 FLAGS = ("-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-fPIC", "-shared", "-DCCQ_CUDA_EMULATED")
-SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 OUT_TYPES: dict[str, tuple[int, Any]] = {"f32": (0, np.uint32), "f16": (1, np.uint16), "bf16": (2, np.uint16)}
 
 
@@ -36,6 +39,16 @@ def build(library: Path, flags: tuple[str, ...] = ("-O1",), cuda: Path = CUDA) -
     command = (str(compiler()), *FLAGS, *flags, f"-I{EMULATOR}", "-x", "c++", *sources, "-o", str(library))
     subprocess.run(command, check=True)
     return library
+
+
+@cache
+def library() -> Path:
+    """The kernels over the emulator, built once a process; ``CCQ_TEST_EMULATOR`` names one that is built already."""
+    if built := os.environ.get("CCQ_TEST_EMULATOR"):
+        return Path(built)
+    folder = tempfile.TemporaryDirectory(prefix="ccq-cuda-")
+    atexit.register(folder.cleanup)
+    return build(Path(folder.name) / "emulated.so")
 
 
 class Device:

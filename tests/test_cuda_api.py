@@ -41,16 +41,12 @@ class OnDevice:
         }
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``ccq_backend.cuda`` takes the emulated library."""
     if cuda_harness.compiler() is None:
         pytest.skip("no C++ compiler")
-    return cuda_harness.build(tmp_path_factory.mktemp("cuda") / "emulated.so")
-
-
-@pytest.fixture
-def device(emulated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CCQ_CUDA_LIBRARY", str(emulated))
+    monkeypatch.setenv("CCQ_CUDA_LIBRARY", str(cuda_harness.library()))
 
 
 def padded(blocks: np.ndarray) -> np.ndarray:

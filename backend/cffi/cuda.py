@@ -226,7 +226,8 @@ def dequantize(
     out: Any = None,
     stream: int | None = None,
 ) -> Any:
-    """The exact weights [n, cols] of blocks u8 [rows, row bytes], rounded once to ``dtype``: float32, float16, bfloat16.
+    """The exact weights [n, cols] of blocks u8 [rows, row bytes], rounded once to ``dtype``: float32, float16 or
+    bfloat16.
 
     ``rows``: i32 [n], which rows (GET_ROWS), at most 65535; a number outside the matrix gives a row of NaN.  All rows
     without it.  Raises ``CudaError``, ``ShapeError``, ``BackendError``.

@@ -1,5 +1,5 @@
-"""Linear layers of torch whose weights stay in CCQ blocks: on a CUDA device they run ``ccq_backend.cuda.matmul``, on the
-CPU the kernels of ``ccq_backend``.  Needs torch.
+"""Linear layers of torch whose weights stay in CCQ blocks: on a CUDA device they run ``ccq_backend.cuda.matmul``, on
+the CPU the kernels of ``ccq_backend``.  Needs torch.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ template <int N> __device__ __forceinline__ void load_words(const uint8_t * at, 
 
 template <int BITS, int EVEN, int ODD, uint32_t MULTIPLIER> struct trellis {
     static constexpr int WORDS = BITS / 32;
-    static constexpr int PAIRED = 1; /* two operands for four weights, see pair() */
-    uint32_t word[WORDS + 1];        /* the cycle's bits, and its start again */
+    static constexpr bool HAS_PAIRS = true;
+    uint32_t word[WORDS + 1]; /* the cycle's bits, and its start again */
     float scale;
 
     __device__ __forceinline__ void load(const uint8_t * row, int64_t group) {
@@ -66,9 +66,6 @@ template <int BITS, int EVEN, int ODD, uint32_t MULTIPLIER> struct trellis {
         const uint32_t a = pair(2 * i), b = pair(2 * i + 1);
         return (__byte_perm(a, b, 0x6420) + __byte_perm(a, b, 0x7531) + 0x01010101u) ^ 0x80808080u;
     }
-
-    __device__ __forceinline__ uint32_t operand(int i) const { return pair(i); }
-    __device__ __forceinline__ static int32_t offset(int32_t sum) { return -CCQ_T2_LEVEL_OFFSET * sum; }
 };
 
 /* --- P types ---------------------------------------------------------------------------------------------------- */
@@ -76,7 +73,7 @@ template <int BITS, int EVEN, int ODD, uint32_t MULTIPLIER> struct trellis {
 /* Decoded by the text of ../core from an image of the block that holds this one group. */
 #define CCQ_PAPER_GROUP(STEM, stem, id, weights, bytes)                                                                \
     struct paper_##stem {                                                                                              \
-        static constexpr int PAIRED = 0;                                                                               \
+        static constexpr bool HAS_PAIRS = false;                                                                       \
         static constexpr int HEAD = offsetof(ccq_##stem##_block, codes);                                               \
         static constexpr int GROUP_BYTES = (CCQ_##STEM##_BLOCK_BYTES - HEAD) / CCQ_##STEM##_GROUPS;                    \
         int8_t v[CCQ_GROUP];                                                                                           \
@@ -100,8 +97,6 @@ template <int BITS, int EVEN, int ODD, uint32_t MULTIPLIER> struct trellis {
             memcpy(&four, v + 4 * i, 4);                                                                               \
             return four;                                                                                               \
         }                                                                                                              \
-        __device__ __forceinline__ uint32_t operand(int i) const { return quad(i); }                                   \
-        __device__ __forceinline__ static int32_t offset(int32_t) { return 0; }                                        \
     };
 CCQ_PAPER_TYPES(CCQ_PAPER_GROUP)
 #undef CCQ_PAPER_GROUP

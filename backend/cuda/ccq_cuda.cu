@@ -170,7 +170,18 @@ product to_kernel(const ccq_cuda_product & in, const uint8_t * act, int64_t act_
     return p;
 }
 
-template <class GROUP, int COLS, int ROWS> cudaError_t launch_mat_vec(const product & p, cudaStream_t stream) {
+/* With fewer groups than this, four rows a thread would leave multiprocessors of a large GPU idle. */
+enum { MANY_GROUPS = 1 << 18 };
+
+template <class GROUP, int COLS, int ROWS>
+cudaError_t launch_mat_vec(const ccq_cuda_product & in, cudaStream_t stream) {
+    constexpr act_layout LAYOUT = operands<GROUP, COLS>::LAYOUT;
+    const int64_t stride = activations<LAYOUT>::row_bytes(in.n / CCQ_GROUP), rows = divided(in.n_cols, in.repeat);
+    scratch memory(stream);
+    cudaError_t error = memory.allocate(rows * stride + 16);
+    if (error == cudaSuccess && in.n > 0) { error = quantize_rows<LAYOUT>(in, rows, memory.bytes(), stream); }
+    if (error != cudaSuccess) { return error; }
+    const product p = to_kernel(in, memory.bytes(), stride);
     int span = 1;
     while (span < VECTOR_THREADS && span < p.n_groups) { span *= 2; }
     const int64_t rows_per_block = VECTOR_THREADS / span * ROWS;
@@ -178,25 +189,12 @@ template <class GROUP, int COLS, int ROWS> cudaError_t launch_mat_vec(const prod
                       VECTOR_THREADS, stream, p, span);
 }
 
-/* With fewer groups than this, four rows a thread would leave multiprocessors of a large GPU idle. */
-enum { MANY_GROUPS = 1 << 18 };
-
-template <class GROUP> cudaError_t mat_vec_type(const product & p, cudaStream_t stream) {
-    if (p.n_cols == 1 || p.ids != nullptr) {
-        const int64_t matrices = p.ids != nullptr ? p.n_cols : 1;
-        return p.n_rows * p.n_groups * matrices >= MANY_GROUPS ? launch_mat_vec<GROUP, 1, 4>(p, stream)
-                                                               : launch_mat_vec<GROUP, 1, 1>(p, stream);
-    }
-    return p.n_cols <= 4 ? launch_mat_vec<GROUP, 4, 2>(p, stream) : launch_mat_vec<GROUP, 8, 1>(p, stream);
-}
-
 template <class GROUP> cudaError_t vector_product(const ccq_cuda_product & in, cudaStream_t stream) {
-    constexpr act_layout LAYOUT = GROUP::PAIRED ? ACT_PAIRED : ACT_PLAIN;
-    const int64_t stride = activations<LAYOUT>::row_bytes(in.n / CCQ_GROUP), rows = divided(in.n_cols, in.repeat);
-    scratch memory(stream);
-    cudaError_t error = memory.allocate(rows * stride + 16);
-    if (error == cudaSuccess && in.n > 0) { error = quantize_rows<LAYOUT>(in, rows, memory.bytes(), stream); }
-    return error != cudaSuccess ? error : mat_vec_type<GROUP>(to_kernel(in, memory.bytes(), stride), stream);
+    if (in.n_cols == 1 || in.ids != nullptr) {
+        const bool many = in.n_rows * (in.n / CCQ_GROUP) * (in.ids != nullptr ? in.n_cols : 1) >= MANY_GROUPS;
+        return many ? launch_mat_vec<GROUP, 1, 4>(in, stream) : launch_mat_vec<GROUP, 1, 1>(in, stream);
+    }
+    return in.n_cols <= 4 ? launch_mat_vec<GROUP, 4, 2>(in, stream) : launch_mat_vec<GROUP, 8, 1>(in, stream);
 }
 
 template <class GROUP> cudaError_t matrix_product(const ccq_cuda_product & in, cudaStream_t stream) {

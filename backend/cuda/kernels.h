@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(DECODE_GROUPS)
 
 /* Integers as in ../cpu/ACTIVATIONS.md with 8 bits.  A row is its values followed by a `group_scale` for each group.
  *
- *     paired      matrix-vector with T types: each value twice;  128 bytes a group
- *     plain       matrix-vector with P types;                     64 bytes a group
+ *     paired      one column, T types: each value twice;  128 bytes a group
+ *     plain       few columns;                             64 bytes a group
  *     natural     matrix-matrix: the values in their order
  *
  * For the first two, in which a thread holds a group and its neighbour the next one, the 16-byte pieces of 32 groups
@@ -139,14 +139,31 @@ struct product {
 
 enum { VECTOR_THREADS = 128 };
 
+/* Operands of `dp4a`: two for four weights where a column pays for them alone, else one, whose levels are put together
+ * once for all columns (16 instructions for four weights and a column, 15 without; but one more for each further column
+ * instead of two). */
+template <class GROUP, int COLS> struct operands {
+    static constexpr bool PAIRS = GROUP::HAS_PAIRS && COLS == 1;
+    static constexpr act_layout LAYOUT = PAIRS ? ACT_PAIRED : ACT_PLAIN;
+
+    static __device__ __forceinline__ int32_t get(const GROUP & group, int i) {
+        if constexpr (PAIRS) { return (int32_t)group.pair(i); }
+        return (int32_t)group.quad(i);
+    }
+    static __device__ __forceinline__ int32_t offset(int32_t sum) { return PAIRS ? -CCQ_T2_LEVEL_OFFSET * sum : 0; }
+};
+
 /* Few columns.  `span` threads, a power of two, share ROWS rows: each takes every span-th group of all of them, and the
  * activations that it loads serve all ROWS.  A span is at most a block; smaller ones share a block.  Splitting rows
  * among so many threads is also what fills the GPU when a matrix is small.
  *
- * With ids every column has an expert of its own, and COLS is 1. */
+ * With ids every column has an expert of its own, and COLS is 1.
+ *
+ * The 1 of the bounds lets the compiler take as many registers as it wants: left to its own it spills some bytes. */
 template <class GROUP, int COLS, int ROWS>
-__global__ void __launch_bounds__(VECTOR_THREADS) mat_vec(const product p, int span) {
-    using layout = activations<GROUP::PAIRED ? ACT_PAIRED : ACT_PLAIN>;
+__global__ void __launch_bounds__(VECTOR_THREADS, 1) mat_vec(const product p, int span) {
+    using operand = operands<GROUP, COLS>;
+    using layout = activations<operand::LAYOUT>;
     __shared__ float partial[VECTOR_THREADS / 32][ROWS * COLS];
     const int t = (int)threadIdx.x & (span - 1);
     const uint32_t spans = VECTOR_THREADS / (uint32_t)span;
@@ -183,7 +200,7 @@ __global__ void __launch_bounds__(VECTOR_THREADS) mat_vec(const product p, int s
             const int2 s = __ldg((const int2 *)(act[c] + layout::values(p.n_groups)) + group);
             d[c] = ccq_bits_float((uint32_t)s.x);
             CCQ_UNROLL
-            for (int r = 0; r < ROWS; r++) { dot[r][c] = GROUP::offset(s.y); }
+            for (int r = 0; r < ROWS; r++) { dot[r][c] = operand::offset(s.y); }
         }
         CCQ_UNROLL
         for (int i = 0; i < layout::BYTES / 16; i++) {
@@ -192,8 +209,8 @@ __global__ void __launch_bounds__(VECTOR_THREADS) mat_vec(const product p, int s
             for (int c = 0; c < COLS; c++) { a[c] = __ldg((const uint4 *)(act[c] + layout::piece(group, i))); }
             CCQ_UNROLL
             for (int r = 0; r < ROWS; r++) {
-                const int32_t w0 = (int32_t)w[r].operand(4 * i), w1 = (int32_t)w[r].operand(4 * i + 1);
-                const int32_t w2 = (int32_t)w[r].operand(4 * i + 2), w3 = (int32_t)w[r].operand(4 * i + 3);
+                const int32_t w0 = operand::get(w[r], 4 * i), w1 = operand::get(w[r], 4 * i + 1);
+                const int32_t w2 = operand::get(w[r], 4 * i + 2), w3 = operand::get(w[r], 4 * i + 3);
                 CCQ_UNROLL
                 for (int c = 0; c < COLS; c++) {
                     dot[r][c] = __dp4a(w0, (int32_t)a[c].x, dot[r][c]);
@@ -213,8 +230,10 @@ __global__ void __launch_bounds__(VECTOR_THREADS) mat_vec(const product p, int s
     for (int r = 0; r < ROWS; r++) {
         CCQ_UNROLL
         for (int c = 0; c < COLS; c++) {
-            for (int i = (span < 32 ? span : 32) / 2; i > 0; i /= 2) {
-                total[r][c] += __shfl_xor_sync(0xffffffffu, total[r][c], i);
+            CCQ_UNROLL
+            for (int i = 16; i > 0; i /= 2) {
+                const float other = __shfl_xor_sync(0xffffffffu, total[r][c], i);
+                total[r][c] += i < span ? other : 0.0f;
             }
             if (threadIdx.x % 32 == 0) { partial[threadIdx.x / 32][r * COLS + c] = total[r][c]; }
         }
@@ -286,7 +305,7 @@ __global__ void __launch_bounds__(SORT_THREADS)
  * four operands of two steps: all are one load of 16 bytes.  Those four pieces of a row are stored with their numbers
  * XORed with the row's (swizzled), so that the stores of 8 neighbouring rows go to different banks. */
 template <class GROUP>
-__global__ void __launch_bounds__(MATRIX_THREADS)
+__global__ void __launch_bounds__(MATRIX_THREADS, 1)
     mat_mul(const product p, const int32_t * columns, const col_tile * tiles) {
     using layout = activations<ACT_NATURAL>;
     __shared__ uint4 levels[STAGE][TILE_ROWS][4], values[STAGE][TILE_COLS][4];
