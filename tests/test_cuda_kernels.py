@@ -222,6 +222,10 @@ def test_all_kernels_on_little(device: Device, layout: Layout) -> None:
     for columns in (1, 3, 7):
         check_product(layout, b, x[:columns], device.product("mat_vec", layout, b, x[:columns], skew=columns % 4))
     check_product(layout, b, x, device.product("mat_mul", layout, b, x, skew=2))
+    for groups in (40, 136):  # two warps a row, four
+        wide = sane_blocks(layout, 2, groups // layout.groups, rng)
+        y = activations(1, groups * GROUP, rng)
+        check_product(layout, wide, y, device.product("mat_vec", layout, wide, y))
     for function in ("mat_vec", "mat_mul"):
         got = device.product(function, layout, np.stack([b, b]), x[:2], ids=[1, 1, 3, 1], repeat=2)
         check_product(layout, b, x[[0, 0, 1]], got[[0, 1, 3]])

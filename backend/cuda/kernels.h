@@ -153,15 +153,18 @@ template <class GROUP, int COLS> struct operands {
     static __device__ __forceinline__ int32_t offset(int32_t sum) { return PAIRS ? -CCQ_T2_LEVEL_OFFSET * sum : 0; }
 };
 
+/* Blocks that a multiprocessor shall hold, which limits a thread's registers: as many as go without spills. */
+template <class GROUP, int COLS> constexpr int resident_blocks() {
+    return COLS == 8 ? 2 : GROUP::HAS_PAIRS && COLS == 1 ? 6 : 4;
+}
+
 /* Few columns.  `span` threads, a power of two, share ROWS rows: each takes every span-th group of all of them, and the
  * activations that it loads serve all ROWS.  A span is at most a block; smaller ones share a block.  Splitting rows
  * among so many threads is also what fills the GPU when a matrix is small.
  *
- * With ids every column has an expert of its own, and COLS is 1.
- *
- * The 1 of the bounds lets the compiler take as many registers as it wants: left to its own it spills some bytes. */
+ * With ids every column has an expert of its own, and COLS is 1. */
 template <class GROUP, int COLS, int ROWS>
-__global__ void __launch_bounds__(VECTOR_THREADS, 1) mat_vec(const product p, int span) {
+__global__ void __launch_bounds__(VECTOR_THREADS, resident_blocks<GROUP, COLS>()) mat_vec(const product p, int span) {
     using operand = operands<GROUP, COLS>;
     using layout = activations<operand::LAYOUT>;
     __shared__ float partial[VECTOR_THREADS / 32][ROWS * COLS];
@@ -305,7 +308,7 @@ __global__ void __launch_bounds__(SORT_THREADS)
  * four operands of two steps: all are one load of 16 bytes.  Those four pieces of a row are stored with their numbers
  * XORed with the row's (swizzled), so that the stores of 8 neighbouring rows go to different banks. */
 template <class GROUP>
-__global__ void __launch_bounds__(MATRIX_THREADS, 1)
+__global__ void __launch_bounds__(MATRIX_THREADS, 4)
     mat_mul(const product p, const int32_t * columns, const col_tile * tiles) {
     using layout = activations<ACT_NATURAL>;
     __shared__ uint4 levels[STAGE][TILE_ROWS][4], values[STAGE][TILE_COLS][4];
