@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 AMX := $(shell echo | $(or $(CXX),c++) -march=native -dM -E - 2>/dev/null | grep -c __AMX_INT8__)
 INSTALL_LLAMA := $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(INSTALL)
 
-.PHONY: setup demo test test-slow test-upstream test-isa fork test-fork upstream-check bench generate vectors check format clean
+.PHONY: setup demo test test-slow test-upstream test-isa fork test-fork upstream-check bench cuda bench-cuda generate vectors check format clean
 
 setup: .venv/.llama ## install the package and llama.cpp into .venv
 
@@ -46,6 +46,12 @@ test-fork: .venv/.test ## test what `make fork` compiled
 upstream-check: .venv/.test ## whether the newest archives on the package index still fit the integration and the plugin
 	$(BIN)/python tests/upstream_diff/check.py
 
+cuda: .venv/.cuda ## build and install the CUDA kernels too (needs nvcc, no GPU; 2 minutes)
+
+bench-cuda: .venv/.cuda ## on a machine with a GPU: check the CUDA kernels against the CPU, then measure them
+	$(INSTALL) torch
+	$(BIN)/python benchmarks/cuda/bench.py
+
 generate: .venv/.llama ## rewrite what is derived from ccq_format/layouts.py
 	$(BIN)/python backend/gen.py
 
@@ -53,7 +59,7 @@ vectors: .venv/.llama ## rewrite the golden vectors (only with a change of forma
 	$(BIN)/python spec/vectors/make_vectors.py
 	$(BIN)/python spec/vectors/invalid/make_invalid.py
 
-C_SOURCES := $(shell git ls-files backend tests | grep -E '\.(c|cpp|h|inl)$$' | grep -v core/layouts.h)
+C_SOURCES := $(shell git ls-files backend tests | grep -E '\.(c|cpp|cu|h|inl)$$' | grep -v core/layouts.h)
 
 check: .venv/.check ## generated files up to date, layout, lint, types
 	$(BIN)/python backend/gen.py --check
@@ -77,6 +83,10 @@ clean: ## remove what the targets made
 .venv/.llama: .venv/.python $(SOURCES)
 	@echo "installing; the first time this compiles llama.cpp, which takes 6 to 15 minutes on two cores"
 	$(INSTALL_LLAMA) '.[llama]'
+	touch $@
+
+.venv/.cuda: .venv/.python $(SOURCES)
+	$(INSTALL) -C cmake.define.CCQ_CUDA=ON .
 	touch $@
 
 .venv/.test: .venv/.llama

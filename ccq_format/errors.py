@@ -107,6 +107,10 @@ class BackendError(CcqError):
     """The native kernels refused: unknown or unsupported ``CCQ_ISA``, out of memory, an argument that does not fit."""
 
 
+class CudaError(CcqError):
+    """The CUDA kernels cannot run: not built, no device, an array elsewhere or of another kind, or CUDA refused."""
+
+
 class PluginError(CcqError):
     """llama.cpp in this process cannot take the plugin; the reason is the plugin's own."""
 

@@ -5,22 +5,14 @@ The declarations are read from ``backend/include/ccq.h`` itself, so that the int
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
+
+from cdef import declarations  # type: ignore[import-not-found]  # beside this script
 
 from cffi import FFI
 
 HEADER = Path(__file__).resolve().parent.parent / "include" / "ccq.h"
-
-
-def declarations(header: str) -> str:
-    """The part of ``ccq.h`` that cffi's parser takes: integer constants, types and prototypes."""
-    text = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
-    text = re.sub(r'extern "C" \{', "", text)
-    text = re.sub(r"#ifdef __cplusplus\s*\}?\s*#endif", "", text)
-    lines = [ln for ln in text.splitlines() if not ln.startswith("#") or re.match(r"#define \w+ \d+\s*$", ln)]
-    return "\n".join(lines)
 
 
 def main(out: str) -> None:

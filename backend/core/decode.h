@@ -14,9 +14,14 @@
 #error "float arithmetic must be evaluated in float: decoding is bit-exact"
 #endif
 
-/* What every function here is; a CUDA build adds __host__ __device__. */
+/* What every function here is; a CUDA build makes them device functions. */
 #ifndef CCQ_CORE
 #define CCQ_CORE static inline
+#endif
+
+/* Before the loops over a group; a GPU needs straight-line code to keep small arrays in registers. */
+#ifndef CCQ_UNROLL
+#define CCQ_UNROLL
 #endif
 
 /* Position of a type in tables; the order of CCQ_TYPES, T types first. */
@@ -69,6 +74,7 @@ CCQ_CORE void ccq_t_levels(const uint8_t * codes, int n_bytes, int even, int odd
     uint8_t cycle[24 + 4];
     memcpy(cycle, codes, (size_t)n_bytes);
     memcpy(cycle + n_bytes, codes, 4); /* the cycle's start again: the last windows wrap around */
+    CCQ_UNROLL
     for (int t = 0; t < CCQ_GROUP; t++) {
         const int at = (t >> 1) * (even + odd) + (t & 1) * even;
         const uint32_t window = ccq_load_u32(cycle + (at >> 3)) >> (at & 7) & 0xfff;
@@ -123,9 +129,11 @@ CCQ_CORE float ccq_group_p2(const uint8_t * block, int group, int8_t * v) {
     const float code_scale = ccq_bits_float(ccq_load_u32(block + offsetof(ccq_p2_block, code_scale)));
     const float code_zp = ccq_bits_float(ccq_load_u32(block + offsetof(ccq_p2_block, code_zp)));
     const uint8_t * codes = block + offsetof(ccq_p2_block, codes) + group * 16;
+    CCQ_UNROLL
     for (int i = 0; i < 16; i++) {
         const uint32_t state = (uint32_t)ccq_p2_state(codes[i], code_scale, code_zp);
         static const int shifts[CCQ_P2_WORD_WEIGHTS] = CCQ_P2_SHIFTS;
+        CCQ_UNROLL
         for (int k = 0; k < CCQ_P2_WORD_WEIGHTS; k++) {
             v[i * CCQ_P2_WORD_WEIGHTS + k] = (int8_t)((int)(state >> shifts[k] & CCQ_P2_MASK) - CCQ_P2_ZERO_POINT);
         }
@@ -136,8 +144,10 @@ CCQ_CORE float ccq_group_p2(const uint8_t * block, int group, int8_t * v) {
 CCQ_CORE float ccq_group_p2_5(const uint8_t * block, int group, int8_t * v) {
     static const int shifts[CCQ_P2_5_WORD_WEIGHTS] = CCQ_P2_5_SHIFTS;
     const uint8_t * words = block + offsetof(ccq_p2_5_block, codes) + group * 20;
+    CCQ_UNROLL
     for (int i = 0; i < 9; i++) {
         const uint32_t word = ccq_load_u16(words + 2 * i);
+        CCQ_UNROLL
         for (int k = 0; k < CCQ_P2_5_WORD_WEIGHTS; k++) {
             v[i * CCQ_P2_5_WORD_WEIGHTS + k] = (int8_t)((int)(word >> shifts[k] & CCQ_P2_5_MASK) - CCQ_P2_5_ZERO_POINT);
         }
@@ -150,7 +160,9 @@ CCQ_CORE float ccq_group_p2_5(const uint8_t * block, int group, int8_t * v) {
 CCQ_CORE float ccq_group_p2_75(const uint8_t * block, int group, int8_t * v) {
     static const int shifts[CCQ_P2_75_WORD_WEIGHTS] = CCQ_P2_75_SHIFTS;
     const uint8_t * words = block + offsetof(ccq_p2_75_block, codes) + group * 22;
+    CCQ_UNROLL
     for (int i = 0; i < 21; i++) {
+        CCQ_UNROLL
         for (int k = 0; k < CCQ_P2_75_WORD_WEIGHTS; k++) {
             v[i * CCQ_P2_75_WORD_WEIGHTS + k] =
                 (int8_t)((int)((uint32_t)words[i] >> shifts[k] & CCQ_P2_75_MASK) - CCQ_P2_75_ZERO_POINT);
@@ -170,9 +182,11 @@ CCQ_CORE void ccq_group_weights(const int8_t * v, float scale, int trellis, floa
         return;
     }
     if ((ccq_float_bits(scale) & 0x7f800000u) == 0x7f800000u) {
+        CCQ_UNROLL
         for (int i = 0; i < CCQ_GROUP; i++) { out[i] = ccq_bits_float(0x7fc00000u); }
         return;
     }
+    CCQ_UNROLL
     for (int i = 0; i < CCQ_GROUP; i++) { out[i] = (float)v[i] * scale; }
 }
 

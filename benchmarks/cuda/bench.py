@@ -1,0 +1,117 @@
+"""Check the CUDA kernels against the CPU, then measure them; needs a GPU, torch and ``make cuda``.
+
+First every type's dequantize, vector and matrix products run on small matrices and are compared with the NumPy codec
+(bit for bit, or within the bound of backend/cpu/ACTIVATIONS.md).  Then per type: matrix-vector as a share of the memory
+bandwidth that a copy reaches in the same run, and both kinds of product beside torch's own in f16.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from ccq_backend import cuda
+from ccq_format import codec, errors
+from ccq_format.layouts import GROUP, LAYOUTS, Layout, TrellisCode
+
+
+def blocks_of(layout: Layout, rows: int, cols: int, rng: np.random.Generator) -> np.ndarray:
+    """Random blocks with scales of ordinary size, u8 [rows, row bytes]."""
+    b = rng.integers(0, 256, (rows, cols // layout.block_weights, layout.block_bytes), dtype=np.uint8)
+    if isinstance(layout.code, TrellisCode):
+        b[..., 0] = rng.integers(150, 220, b.shape[:2])
+    else:
+        b[..., 0:2] = np.frombuffer(np.uint16(0x3C12).tobytes(), np.uint8)
+        if layout.code.affine_state:
+            b[..., 2:10] = np.frombuffer(np.array([113.7, 21.3], "<f4").tobytes(), np.uint8)
+    return b.reshape(rows, -1)
+
+
+def check(torch: Any, layout: Layout) -> None:
+    """Raise ``ClickException`` where a kernel differs from the codec."""
+    rng = np.random.default_rng(1)
+    rows, cols = 67, 2048 + layout.block_weights
+    b = blocks_of(layout, rows, cols, rng)
+    on_gpu = torch.from_numpy(b).cuda()
+    weights = codec.decode(layout, b)
+    if not np.array_equal(cuda.dequantize(layout, on_gpu).cpu().numpy().view(np.uint32), weights.view(np.uint32)):
+        raise click.ClickException(f"{layout.name}: dequantize differs")
+    for n in (1, 4, 8, 70):
+        x = rng.integers(-127, 128, (n, cols)).astype(np.float32)  # integers that 8 bits hold exactly
+        x[:, ::GROUP] = 127
+        got = cuda.matmul(layout, on_gpu, torch.from_numpy(x).cuda()).cpu().numpy()
+        exact = x.astype(float) @ weights.astype(float).T
+        bound = np.abs(x).astype(float) @ np.abs(weights).astype(float).T * (cols / GROUP + 8) * 2.0**-24
+        if not (np.abs(got - exact) <= bound).all():
+            raise click.ClickException(f"{layout.name}: products with {n} columns differ")
+
+
+def seconds(torch: Any, call: Callable[[], object], repeats: int) -> float:
+    """Median time of a call on the GPU; the second-level cache is overwritten before each."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(repeats + 3):
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return float(statistics.median(times[3:]))
+
+
+@click.command()
+@click.option("--rows", default=8192, show_default=True)
+@click.option("--cols", default=8192, show_default=True)
+@click.option("--repeats", default=20, show_default=True)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="write the figures here too")
+def main(rows: int, cols: int, repeats: int, json_path: Path | None) -> None:
+    """Check, measure, print a table."""
+    if not cuda.available():
+        try:
+            cuda.matvec("ccq_t2", None, None)
+        except errors.CcqError as error:
+            raise click.ClickException(str(error)) from None
+    import torch
+
+    for layout in LAYOUTS:
+        check(torch, layout)
+    click.echo(f"{torch.cuda.get_device_name()}: all types agree with the codec")
+    source = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.numel() / seconds(torch, lambda: target.copy_(source), repeats)
+    click.echo(f"copy: {bandwidth / 1e9:.0f} GB/s; matrices of {rows} x {cols}")
+    rng = np.random.default_rng(2)
+    prompt = torch.randn(512, cols, device="cuda", dtype=torch.float16)
+    dense = torch.randn(rows, cols, device="cuda", dtype=torch.float16)
+    records = []
+    for layout in LAYOUTS:
+        b = torch.from_numpy(blocks_of(layout, rows, cols, rng)).cuda()
+        vector = seconds(torch, lambda b=b, k=layout: cuda.matvec(k, b, prompt[:1]), repeats)  # type: ignore[misc]
+        matrix = seconds(torch, lambda b=b, k=layout: cuda.matmul(k, b, prompt), repeats)  # type: ignore[misc]
+        half = seconds(torch, lambda: prompt[:1] @ dense.T, repeats), seconds(torch, lambda: prompt @ dense.T, repeats)
+        records.append(
+            {
+                "type": layout.name,
+                "vector_us": vector * 1e6,
+                "share_of_copy": b.numel() / vector / bandwidth,
+                "vector_to_f16": half[0] / vector,
+                "prompt_us": matrix * 1e6,
+                "prompt_to_f16": half[1] / matrix,
+            }
+        )
+        click.echo("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v:10}" for k, v in records[-1].items()))
+    if json_path:
+        result = {"device": torch.cuda.get_device_name(), "copy_bytes_per_s": bandwidth, "types": records}
+        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The CUDA kernels on a CPU: ``backend/cuda`` compiled as host C++ over the emulator in ``tests/cuda``, and its C
+interface on NumPy arrays."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from cffi import FFI
+
+from ccq_backend.cdef import declarations
+from ccq_format.layouts import Layout
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "backend" / "cuda"
+EMULATOR = ROOT / "tests" / "cuda"
+
+FLAGS = ("-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-fPIC", "-shared", "-DCCQ_CUDA_EMULATED")
+SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+OUT_TYPES: dict[str, tuple[int, Any]] = {"f32": (0, np.uint32), "f16": (1, np.uint16), "bf16": (2, np.uint16)}
+
+
+def compiler() -> str | None:
+    """The C++ compiler, ``None`` if there is none."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+def build(library: Path, flags: tuple[str, ...] = ("-O1",), cuda: Path = CUDA) -> Path:
+    """Compile the device code under ``cuda`` and the emulator to ``library``."""
+    sources = (str(cuda / "ccq_cuda.cu"), str(EMULATOR / "emulator.cpp"))
+    command = (str(compiler()), *FLAGS, *flags, f"-I{EMULATOR}", "-x", "c++", *sources, "-o", str(library))
+    subprocess.run(command, check=True)
+    return library
+
+
+@cache
+def library() -> Path:
+    """The kernels over the emulator, built once a process; ``CCQ_TEST_EMULATOR`` names one that is built already."""
+    if built := os.environ.get("CCQ_TEST_EMULATOR"):
+        return Path(built)
+    folder = tempfile.TemporaryDirectory(prefix="ccq-cuda-")
+    atexit.register(folder.cleanup)
+    return build(Path(folder.name) / "emulated.so")
+
+
+class Device:
+    """The emulated library.  Arrays that it gets are copied to memory with just the bytes that a device would have."""
+
+    def __init__(self, library: Path) -> None:
+        self.ffi = FFI()
+        self.ffi.cdef(declarations((CUDA / "ccq_cuda.h").read_text(encoding="utf-8")))
+        self.lib: Any = self.ffi.dlopen(str(library))
+
+    def bytes(self, array: npt.NDArray[Any], skew: int = 0) -> tuple[Any, npt.NDArray[np.uint8]]:
+        """A copy that begins ``skew`` bytes (0..3) behind a word and ends with the word of its last byte."""
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        room = np.full((skew + data.size + 3) // 4 * 4, 0xEE, np.uint8)
+        room[skew : skew + data.size] = data
+        return self.ffi.cast("void *", room.ctypes.data + skew), room
+
+    def dequantize(
+        self, layout: Layout, blocks: npt.NDArray[np.uint8], out: str, index: Any = None, skew: int = 0
+    ) -> npt.NDArray[Any]:
+        """Rows as the bits of floats."""
+        rows, row_bytes = blocks.shape
+        n = row_bytes // layout.block_bytes * layout.block_weights
+        pointer, keep = self.bytes(blocks, skew)
+        n_out = rows if index is None else len(index)
+        code, dtype = OUT_TYPES[out]
+        result = np.full((n_out, n), 0x5555, dtype)
+        ids = self.ffi.NULL
+        if index is not None:
+            chosen = np.array(index, np.int32)
+            ids = self.ffi.cast("int32_t *", chosen.ctypes.data)
+        status = self.lib.ccq_cuda_dequantize(
+            layout.gguf_id, pointer, row_bytes, rows, n, ids, n_out, code,
+            self.ffi.cast("void *", result.ctypes.data), n, self.ffi.NULL,
+        )  # fmt: skip
+        assert status == 0
+        del keep
+        return result
+
+    def product(
+        self,
+        function: str,
+        layout: Layout,
+        blocks: npt.NDArray[np.uint8],
+        x: npt.NDArray[Any],
+        ids: Any = None,
+        repeat: int = 1,
+        skew: int = 0,
+        x_type: int = 0,
+    ) -> npt.NDArray[np.float32]:
+        """``ccq_cuda_<function>``: f32 [columns, rows]; ``blocks`` [rows, row bytes] or with experts before them."""
+        rows, row_bytes = blocks.shape[-2:]
+        pointer, keep = self.bytes(blocks, skew)
+        x = np.ascontiguousarray(x)
+        n_cols = len(x) if ids is None else len(ids)
+        out = np.full((n_cols, rows), 12345.0, np.float32)
+        values: dict[str, Any] = {
+            "type": layout.gguf_id,
+            "n": row_bytes // layout.block_bytes * layout.block_weights,
+            "blocks": pointer,
+            "row_stride": row_bytes,
+            "n_rows": rows,
+            "repeat": repeat,
+            "x": self.ffi.cast("void *", x.ctypes.data),
+            "x_type": x_type,
+            "x_stride": x.shape[1],
+            "n_cols": n_cols,
+            "out": self.ffi.cast("float *", out.ctypes.data),
+            "out_stride": rows,
+        }
+        if ids is not None:
+            chosen = np.array(ids, np.int32)
+            values |= {
+                "ids": self.ffi.cast("int32_t *", chosen.ctypes.data),
+                "n_experts": blocks.shape[0],
+                "expert_stride": rows * row_bytes,
+            }
+        status = getattr(self.lib, f"ccq_cuda_{function}")(self.ffi.new("ccq_cuda_product *", values), self.ffi.NULL)
+        assert status == 0
+        del keep
+        return out
