@@ -192,9 +192,8 @@ def test_all_experts_hit_often_need_no_report(tmp_path: Path) -> None:
     assert importance.expert_report({EXPERTS: N_EXPERTS}) is None
 
 
-@pytest.mark.parametrize("counts", [(0, 0, 0, 0), (5, 0, 0, 0)])
-def test_silence_is_never_zero(tmp_path: Path, counts: tuple[float, ...]) -> None:
-    tensors = usual(counts)
+def test_silence_is_never_zero(tmp_path: Path) -> None:
+    tensors = usual((5, 0, 0, 0))
     tensors[f"{DENSE}.in_sum2"][:100] = 0  # channels that were silent
     tensors["mute.in_sum2"], tensors["mute.counts"] = np.zeros(ROW, np.float32), np.array([9], np.float32)
     importance = imatrix.load(write_imatrix(tmp_path / "i.gguf", tensors))
@@ -206,6 +205,12 @@ def test_silence_is_never_zero(tmp_path: Path, counts: tuple[float, ...]) -> Non
     dense = importance.for_tensor(DENSE, 1, ROW)
     assert dense is not None
     assert dense[:100].max() < 1e-5 * dense.mean()
+
+
+def test_experts_that_were_never_hit_have_no_entry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    importance = imatrix.load(write_imatrix(tmp_path / "i.gguf", usual((0, 0, 0, 0))))
+    assert list(importance.entries) == [DENSE]
+    assert EXPERTS in caplog.text
 
 
 def test_one_entry_for_all_matrices_of_a_stack(tmp_path: Path) -> None:
@@ -536,6 +541,13 @@ def test_a_complete_importance_needs_no_warning(model: Path, tmp_path: Path) -> 
     result = run("quantize", model, "-o", tmp_path / "out.gguf", "--type", "p2", "--imatrix", path)
     assert result.exit_code == 0
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("ccq_t2", True), ("ccq_t3", True), ("q4_0", False), ("q8_0", False)])
+def test_few_bits_without_data_bring_a_warning(model: Path, tmp_path: Path, kind: str, warned: bool) -> None:
+    result = run("quantize", model, "-o", tmp_path / "out.gguf", "--type", kind, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert ("under 4 bits per weight without importance data" in result.stderr) == warned
 
 
 def test_plain_types_do_not_use_it(model: Path, tmp_path: Path) -> None:
