@@ -10,6 +10,7 @@ is a JSON object from each name to the name that is stored.  ``ccq.hessian`` is 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -143,6 +144,17 @@ class Hessians:
     def __contains__(self, name: str) -> bool:
         return self._shared.get(name, name) in self._stored
 
+    def fits(self, name: str, n_matrices: int, row_len: int) -> bool:
+        """Whether there is a Hessian of that name and of the right shape for :meth:`product`."""
+        part = self._stored.get(self._shared.get(name, name))
+        return part is not None and part.shape == _shape(n_matrices, row_len)
+
+    def sharing(self, names: Mapping[str, str]) -> Hessians:
+        """The same file, in which each key of ``names`` has the Hessian of its value as well."""
+        more = copy.copy(self)
+        more._shared = {**self._shared, **{name: self._shared.get(other, other) for name, other in names.items()}}
+        return more
+
     def product(
         self, name: str, n_matrices: int, row_len: int, matrix: int = 0, *, dtype: DTypeLike = np.float32
     ) -> tuple[NDArray[Any], float]:
@@ -156,7 +168,7 @@ class Hessians:
         if stored not in self._stored or stored + _COUNTS not in self._stored:
             raise ImportanceError("has no Hessian", file=self.file, tensor=name)
         part, counts = self._stored[stored], self._stored[stored + _COUNTS]
-        expected = (row_len, row_len) if n_matrices == 1 else (n_matrices, row_len, row_len)
+        expected = _shape(n_matrices, row_len)
         if part.shape != expected or counts.shape != (n_matrices,) or {part.dtype, counts.dtype} != {"F32"}:
             raise ImportanceError(
                 f"its Hessian has the shape {list(part.shape)}, not {list(expected)}", file=self.file, tensor=name
@@ -173,3 +185,7 @@ class Hessians:
             return product, float(counts.rows(0, 1)[0, matrix])
         except ModelError as error:
             raise ImportanceError(error.reason, file=self.file, tensor=name) from None
+
+
+def _shape(n_matrices: int, row_len: int) -> tuple[int, ...]:
+    return (row_len, row_len) if n_matrices == 1 else (n_matrices, row_len, row_len)

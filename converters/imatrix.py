@@ -18,10 +18,11 @@ of the squared gradient that ``backward`` defines.  llama.cpp passes over it.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gguf
@@ -30,6 +31,8 @@ from numpy.typing import NDArray
 
 from ccq_format.errors import ImportanceError
 from ccq_format.gguf_io import ModelWriter, open_model
+
+log = logging.getLogger(__name__)
 
 _SUMS, _COUNTS, _GRADIENTS = ".in_sum2", ".counts", ".out_grad2"
 
@@ -66,13 +69,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Importance:
-    """The contents of an importance file.  ``file`` is its path as given, ``datasets`` the texts it was made of."""
+    """The contents of an importance file.  ``file`` is its path as given, ``datasets`` the texts it was made of.
+
+    ``borrowed`` and ``estimated`` name those entries that the file does not have (see ``borrow``), with the tensor that
+    each was taken or derived from."""
 
     file: str
     entries: Mapping[str, Entry]
     datasets: list[str] = field(default_factory=list)
     chunk_count: int = 0
     chunk_size: int = 0
+    borrowed: Mapping[str, str] = field(default_factory=dict)
+    estimated: Mapping[str, str] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -186,6 +194,9 @@ class Importance:
 def load(path: str | os.PathLike[str]) -> Importance:
     """Read an importance file in either form.
 
+    Entries that hold no numbers of any use (NaN, infinite or negative, counts of 0) are left out with a warning, in
+    stacks those experts alone, which then count as never hit.
+
     Raises ``InputError`` if it cannot be read, ``FormatError`` (its subclasses) for a damaged GGUF file and
     ``ImportanceError`` for everything else that is no importance, naming the file and the tensor.
     """
@@ -196,32 +207,45 @@ def load(path: str | os.PathLike[str]) -> Importance:
     except OSError:
         magic = b"GGUF"  # open_model words the system's reason
     importance = _load_gguf(file) if magic == b"GGUF" else _load_binary(file)
-    for name, entry in importance.entries.items():
-        _check_values(file, name, entry)
-    return importance
+    entries = {name: _usable(file, name, entry) for name, entry in importance.entries.items()}
+    kept = {name: entry for name, entry in entries.items() if entry is not None}
+    dropped = [name for name in entries if name not in kept]
+    if not kept:
+        raise ImportanceError(f"none of its {len(entries)} entries has usable numbers: {_UNUSABLE}", file=file)
+    if dropped:
+        log.warning("%s: entries dropped, %s: %s", file, _UNUSABLE, ", ".join(dropped))
+    return replace(importance, entries=kept)
 
 
-def _check_values(file: str, name: str, entry: Entry) -> None:
-    def bad(reason: str) -> ImportanceError:
-        return ImportanceError(reason, file=file, tensor=name)
+_UNUSABLE = "as their sums or counts are NaN, infinite or negative, or their counts 0"
 
-    if entry.sums.size == 0 or entry.counts.size == 0 or entry.sums.size % entry.counts.size:
-        raise bad(f"{entry.sums.size} sums do not fit {entry.counts.size} counts")
-    # min and max propagate NaN and need no temporary array.
-    if not (np.isfinite(entry.sums.max()) and entry.sums.min() >= 0):
-        raise bad("a sum of squares is negative, NaN or infinite")
-    if not (np.isfinite(entry.counts.max()) and entry.counts.min() >= 0):
-        raise bad("a count is negative, NaN or infinite")
-    silent = entry.counts == 0
-    if silent.any() and entry.sums.reshape(entry.counts.size, -1)[silent].any():
-        raise bad("has sums of squares but a count of 0")
+
+def _usable(file: str, name: str, entry: Entry) -> Entry | None:
+    """The entry without the numbers of those of its matrices whose numbers can be none, as if these had had no inputs;
+    ``None`` if no matrix is left.  Raises ``ImportanceError`` if the sizes contradict each other."""
+    sets = entry.counts.size
+    if entry.sums.size == 0 or sets == 0 or entry.sums.size % sets:
+        raise ImportanceError(f"{entry.sums.size} sums do not fit {sets} counts", file=file, tensor=name)
     gradients = entry.gradients
-    if gradients is None:
-        return
-    if gradients.size == 0 or gradients.size % entry.counts.size:
-        raise bad(f"the gradients of {gradients.size} outputs do not fit {entry.counts.size} counts")
-    if not (np.isfinite(gradients.max()) and gradients.min() >= 0):
-        raise bad("a sum of squares of gradients is negative, NaN or infinite")
+    if gradients is not None and (gradients.size == 0 or gradients.size % sets):
+        raise ImportanceError(
+            f"the gradients of {gradients.size} outputs do not fit {sets} counts", file=file, tensor=name
+        )
+    # min and max propagate NaN and need no large temporary array.
+    sums, counts = entry.sums.reshape(sets, -1), entry.counts
+    low, high = sums.min(axis=1), sums.max(axis=1)
+    good = np.isfinite(high) & (low >= 0) & np.isfinite(counts) & (counts >= 0) & ((counts > 0) | (high == 0))
+    if not (good & (counts > 0)).any():
+        return None
+    if gradients is not None and not (np.isfinite(gradients.max()) and gradients.min() >= 0):
+        log.warning("%s: tensor '%s': gradients dropped, as some are NaN, infinite or negative", file, name)
+        gradients = None
+    if good.all():
+        return Entry(entry.sums, counts, gradients)
+    log.warning(
+        "%s: tensor '%s': numbers of %d of %d matrices dropped, %s", file, name, int((~good).sum()), sets, _UNUSABLE
+    )
+    return Entry(np.where(good[:, None], sums, 0).reshape(-1), np.where(good, counts, 0.0), gradients)
 
 
 def _load_gguf(file: str) -> Importance:
@@ -251,7 +275,8 @@ def _load_gguf(file: str) -> Importance:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
             raise ImportanceError(f"{key} is {value!r}", file=file)
         numbers.append(value)
-    return Importance(file, entries, datasets, *numbers)
+    chunk_count, chunk_size = numbers
+    return Importance(file, entries, datasets, chunk_count, chunk_size)
 
 
 class _Bytes:
@@ -343,7 +368,8 @@ def provenance(importance: Importance) -> dict[str, str | int]:
     keys: dict[str, str | int] = {"quantize.imatrix.file": importance.file}
     if importance.datasets:
         keys["quantize.imatrix.dataset"] = importance.datasets[0]
-    keys["quantize.imatrix.entries_count"] = len(importance.entries)
+    own = len(importance.entries) - len(importance.borrowed) - len(importance.estimated)
+    keys["quantize.imatrix.entries_count"] = own
     if importance.chunk_count > 0:
         keys["quantize.imatrix.chunks_count"] = importance.chunk_count
     return keys

@@ -21,6 +21,8 @@ from ccq_converters.plan import STOCK_TYPES
 from ccq_format import codec, layouts
 from ccq_format.gguf_io import ModelWriter, open_model
 
+from .cli_common import without_advice
+
 RNG_SEED = 7
 CCQ = [layout.name for layout in layouts.LAYOUTS]
 
@@ -40,7 +42,7 @@ def refused(*args: object) -> str:
     result = run(*args)
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
-    lines = result.stderr.splitlines()
+    lines = without_advice(result.stderr).splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("Error: ")
     return lines[0]
@@ -326,5 +328,5 @@ def test_interrupt_leaves_no_file(tmp_path: Path) -> None:
         child.kill()
     assert child.returncode == 130
     assert stdout == b""
-    assert stderr.decode().splitlines() == ["Interrupted; no file was written."]
+    assert without_advice(stderr.decode()) == "Interrupted; no file was written.\n"
     assert list(out.iterdir()) == []

@@ -218,6 +218,7 @@ def model(tmp_path: Path) -> Path:
         Q: gaussian(32, 128),
         STACK: gaussian(48, 64, 3).reshape(2, 24, 64),
         "blk.0.attn_k.weight": gaussian(8, 128),
+        "blk.0.attn_output.weight": gaussian(4, 128),
     }
     with ModelWriter(path, "llama") as writer:
         for name, data in tensors.items():
@@ -251,7 +252,10 @@ def test_quantize_uses_the_file(model: Path, tmp_path: Path, caplog: pytest.LogC
         rows = slice(24 * matrix, 24 * matrix + 24)
         expected = encode_with_feedback(x[rows], factorize(product, layout, count=500.0))
         assert np.array_equal(written[STACK][rows], expected)
-    assert "no Hessian for 1 of 3 tensors (such as blk.0.attn_k.weight)" in caplog.text
+    # One without a Hessian of its own has that of the same input, if there is one.
+    expected = encode_with_feedback(gaussian(8, 128), factorize(q, layout, count=1000.0))
+    assert np.array_equal(written["blk.0.attn_k.weight"], expected)
+    assert "no Hessian for 1 of 4 tensors: blk.0.attn_output.weight" in caplog.text
 
 
 def test_damaged_file_is_named_with_the_tensor(model: Path, tmp_path: Path) -> None:

@@ -192,9 +192,8 @@ def test_all_experts_hit_often_need_no_report(tmp_path: Path) -> None:
     assert importance.expert_report({EXPERTS: N_EXPERTS}) is None
 
 
-@pytest.mark.parametrize("counts", [(0, 0, 0, 0), (5, 0, 0, 0)])
-def test_silence_is_never_zero(tmp_path: Path, counts: tuple[float, ...]) -> None:
-    tensors = usual(counts)
+def test_silence_is_never_zero(tmp_path: Path) -> None:
+    tensors = usual((5, 0, 0, 0))
     tensors[f"{DENSE}.in_sum2"][:100] = 0  # channels that were silent
     tensors["mute.in_sum2"], tensors["mute.counts"] = np.zeros(ROW, np.float32), np.array([9], np.float32)
     importance = imatrix.load(write_imatrix(tmp_path / "i.gguf", tensors))
@@ -206,6 +205,12 @@ def test_silence_is_never_zero(tmp_path: Path, counts: tuple[float, ...]) -> Non
     dense = importance.for_tensor(DENSE, 1, ROW)
     assert dense is not None
     assert dense[:100].max() < 1e-5 * dense.mean()
+
+
+def test_experts_that_were_never_hit_have_no_entry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    importance = imatrix.load(write_imatrix(tmp_path / "i.gguf", usual((0, 0, 0, 0))))
+    assert list(importance.entries) == [DENSE]
+    assert EXPERTS in caplog.text
 
 
 def test_one_entry_for_all_matrices_of_a_stack(tmp_path: Path) -> None:
@@ -284,19 +289,10 @@ def without(name: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("tensors", "reason"),
     [
-        (changed(f"{DENSE}.in_sum2", 3, -1), f"tensor '{DENSE}': a sum of squares is negative"),
-        (changed(f"{EXPERTS}.in_sum2", 3, np.nan), f"tensor '{EXPERTS}': a sum of squares is negative, NaN"),
-        (changed(f"{DENSE}.in_sum2", 3, np.inf), "a sum of squares is negative, NaN or infinite"),
-        (changed(f"{DENSE}.counts", 0, -5), "a count is negative"),
-        (changed(f"{DENSE}.counts", 0, np.nan), "a count is negative, NaN"),
-        (changed(f"{DENSE}.counts", 0, 0), "has sums of squares but a count of 0"),
         (without(f"{DENSE}.counts"), f"tensor '{DENSE}': has no tensor '{DENSE}.counts'"),
         (without(f"{EXPERTS}.in_sum2"), f"tensor '{EXPERTS}': has no tensor '{EXPERTS}.in_sum2'"),
         ({**usual(), f"{EXPERTS}.counts": np.ones(3, np.float32)}, "2048 sums do not fit 3 counts"),
         ({**usual(), f"{DENSE}.counts": np.ones(1, np.float16)}, "is f16, not f32"),
-        ({**with_gradients(), f"{DENSE}.out_grad2": -np.ones(3, np.float32)}, "of gradients is negative, NaN"),
-        ({**with_gradients(), f"{DENSE}.out_grad2": np.full(3, np.nan, np.float32)}, "of gradients is negative, NaN"),
-        ({**with_gradients(), f"{DENSE}.out_grad2": np.full(3, np.inf, np.float32)}, "of gradients is negative, NaN"),
         ({**with_gradients(), f"{EXPERTS}.out_grad2": np.ones(6, np.float32)}, "6 outputs do not fit 4 counts"),
         ({**with_gradients(), f"{DENSE}.out_grad2": np.ones(3, np.float16)}, "is f16, not f32"),
         ({**usual(), "x.out_grad2": np.ones(3, np.float32)}, "has no tensor 'x.in_sum2'"),
@@ -309,6 +305,50 @@ def test_bad_gguf(tmp_path: Path, tensors: dict[str, np.ndarray], reason: str) -
         imatrix.load(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value"),
+    [("in_sum2", 3, -1), ("in_sum2", 3, np.nan), ("in_sum2", 3, np.inf), ("counts", 0, 0), ("counts", 0, -5),
+     ("counts", 0, np.nan), ("counts", 0, np.inf)],
+)  # fmt: skip
+def test_unusable_numbers_are_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, index: int, value: float
+) -> None:
+    """A plain matrix's entry as a whole, in a stack those of one expert, which then counts as never hit."""
+    whole = imatrix.load(write_imatrix(tmp_path / "i.gguf", usual()))
+    assert not caplog.messages
+    dense = imatrix.load(write_imatrix(tmp_path / "i.gguf", changed(f"{DENSE}.{name}", index, value)))
+    assert list(dense.entries) == [EXPERTS]
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path / 'i.gguf'}: entries dropped, ")
+    assert message.endswith(DENSE)
+    caplog.clear()
+    stack = imatrix.load(write_imatrix(tmp_path / "i.gguf", changed(f"{EXPERTS}.{name}", index, value)))
+    assert list(stack.entries) == list(whole.entries)
+    assert f"tensor '{EXPERTS}': numbers of 1 of {N_EXPERTS} matrices dropped" in caplog.text
+    assert stack.entries[EXPERTS].hits(N_EXPERTS).tolist() == [0, 500, 7, 0]
+    before, after = (one.entries[EXPERTS].sums.reshape(N_EXPERTS, -1) for one in (whole, stack))
+    np.testing.assert_array_equal(after[1:], before[1:])
+    got = stack.for_tensor(EXPERTS, N_EXPERTS, ROW)
+    assert got is not None
+    np.testing.assert_allclose(got[0], before[1:].sum(axis=0, dtype=np.float64) / 507, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [-1, np.nan, np.inf])
+def test_unusable_gradients_are_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float) -> None:
+    tensors = {**with_gradients(), f"{DENSE}.out_grad2": np.array([1, value, 1], np.float32)}
+    importance = imatrix.load(write_imatrix(tmp_path / "i.gguf", tensors))
+    assert f"tensor '{DENSE}': gradients dropped" in caplog.text
+    assert importance.output_gradients(DENSE, 1, 3) is None
+    assert importance.output_gradients(EXPERTS, N_EXPERTS, 3) is not None
+    assert importance.for_tensor(DENSE, 1, ROW) is not None
+
+
+def test_a_file_of_unusable_numbers_is_refused(tmp_path: Path) -> None:
+    tensors = {name: np.full_like(array, np.nan) for name, array in usual().items()}
+    with pytest.raises(ImportanceError, match=r"i\.gguf: none of its 2 entries has usable numbers"):
+        imatrix.load(write_imatrix(tmp_path / "i.gguf", tensors))
 
 
 @pytest.mark.parametrize("keys", [{"datasets": [1, 2]}, {"datasets": "x"}, {"chunk_count": "many"}])
@@ -432,7 +472,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["ccq_t2", "ccq_p2_5"])
 def test_importance_reaches_the_encoder(model: Path, tmp_path: Path, kind: str) -> None:
-    """Every row of a stack with its own expert's importance, plain tensors with theirs, others without."""
+    """Every row of a stack with its own expert's importance, plain tensors with theirs or that of the same input."""
     path = write_imatrix(tmp_path / "i.gguf", usual())
     result = run("quantize", model, "-o", tmp_path / "out.gguf", "--type", kind, "--imatrix", path)
     assert result.exit_code == 0, result.output
@@ -452,9 +492,8 @@ def test_importance_reaches_the_encoder(model: Path, tmp_path: Path, kind: str) 
     y = source.tensor(EXPERTS).dequantize()
     each = [encode_rows(kind, y[e], experts[e]) for e in range(N_EXPERTS)]
     np.testing.assert_array_equal(stored(EXPERTS), np.concatenate(each))
-    np.testing.assert_array_equal(
-        stored("blk.0.attn_v.weight"), encode_rows(kind, source.tensor("blk.0.attn_v.weight").dequantize())
-    )
+    v = source.tensor("blk.0.attn_v.weight").dequantize()
+    np.testing.assert_array_equal(stored("blk.0.attn_v.weight"), encode_rows(kind, v, dense))
     # And it does what it is for: less error where the inputs are large.
     error = np.square(x - out.tensor(DENSE).dequantize()) @ dense
     plain = run("quantize", model, "-o", tmp_path / "plain.gguf", "--type", kind)
@@ -467,7 +506,8 @@ def test_warnings_and_provenance(model: Path, tmp_path: Path) -> None:
     path = write_imatrix(tmp_path / "i.gguf", usual())
     result = run("quantize", model, "-o", tmp_path / "out.gguf", "--type", "p2", "--imatrix", path)
     assert result.stderr.splitlines() == [
-        f"Warning: {path}: no importance for 1 of 3 tensors (such as blk.0.attn_v.weight)",
+        f"Warning: {path}: no entry for 1 of 3 tensors, which take that of a tensor with the same input: "
+        "blk.0.attn_v.weight",
         f"Warning: {path}: of 4 expert matrices the calibration text never hit 1 and hit 1 with fewer than 32 tokens; "
         "their importance leans on the mean over the layer's experts",
     ]
@@ -501,6 +541,13 @@ def test_a_complete_importance_needs_no_warning(model: Path, tmp_path: Path) -> 
     result = run("quantize", model, "-o", tmp_path / "out.gguf", "--type", "p2", "--imatrix", path)
     assert result.exit_code == 0
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("ccq_t2", True), ("ccq_t3", True), ("q4_0", False), ("q8_0", False)])
+def test_few_bits_without_data_bring_a_warning(model: Path, tmp_path: Path, kind: str, warned: bool) -> None:
+    result = run("quantize", model, "-o", tmp_path / "out.gguf", "--type", kind, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert ("under 4 bits per weight without importance data" in result.stderr) == warned
 
 
 def test_plain_types_do_not_use_it(model: Path, tmp_path: Path) -> None:
