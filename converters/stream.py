@@ -99,7 +99,7 @@ NEEDS_DATA = 4.0
 """Bits per weight below which a type needs to know which inputs matter.
 
 Without that, SmolLM2-135M in CCQ_T2 has a KL divergence from itself of 6 and more and talks nonsense, and 0.8 in
-CCQ_T3; with importance 1.2 and 0.28 (Q2_K and IQ2_S fare no better).  A few input channels of real models carry most of
+CCQ_T3; with importance 1.3 and 0.28 (Q2_K and IQ2_S fare no better).  A few input channels of real models carry most of
 the signal, and errors that count alike waste the bits on the others."""
 
 
