@@ -94,8 +94,7 @@ def calibrate(
         writer = stack.enter_context(ModelWriter(out, "", overwrite=options.overwrite))
         products = None
         if hessian is not None:
-            if hessian.absolute() == out.absolute():
-                raise ImportanceError("is to hold both the importance and the Hessians", file=out)
+            refuse_same_file(out, hessian)
             products = stack.enter_context(HessianWriter(hessian, shapes, shared, overwrite=options.overwrite))
             products.begin()
         windows = load_windows(model_dir, family, text_path, options.ctx, options.chunks)
@@ -114,6 +113,12 @@ def calibrate(
         result = imatrix.Importance(str(out), entries, [str(text_path)], len(windows), options.ctx)
         imatrix.fill(writer, result)
     return result
+
+
+def refuse_same_file(out: Path, hessian: Path | None) -> None:
+    """Raise ``ImportanceError`` if both results are to be one file."""
+    if hessian is not None and hessian.absolute() == out.absolute():
+        raise ImportanceError("is to hold both the importance and the Hessians", file=out)
 
 
 def _run(forward: ForwardPass, options: CalibrationOptions, progress: bool) -> None:

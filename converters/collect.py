@@ -32,12 +32,12 @@ from ccq_format.errors import ImportanceError, ModelError
 from ccq_format.gguf_io import ModelWriter
 
 from . import imatrix
-from .calibrate import CalibrationOptions
+from .calibrate import CalibrationOptions, refuse_same_file
 from .evaluate import read_text
 from .graph import Ggml, Node
 from .hessian import HessianWriter
 from .llama import LlamaModel, library, load_plugin_for
-from .plan import _SMALL, VOCABULARY, cpu_count
+from .plan import SMALL, VOCABULARY, cpu_count
 from .stream import progress_bar
 
 BATCH = 512
@@ -96,7 +96,7 @@ class _Input:
     @property
     def stored(self) -> list[str]:
         """The names that get a Hessian: not those of routers and the like, which are never quantized."""
-        return [name for name in self.names if not _SMALL.search(name)]
+        return [name for name in self.names if not SMALL.search(name)]
 
     def add(self, x: F32, matrix: NDArray[np.integer[Any]] | None, pool: ThreadPoolExecutor) -> None:
         """Add inputs float32 ``[rows, width]``, given to the matrices ``matrix`` ``[rows, n]`` (``None``: there is but
@@ -287,8 +287,7 @@ def calibrate_file(
 ) -> imatrix.Importance:
     """What ``calibrate.calibrate`` does, of a GGUF file: arguments, files and errors are the same."""
     options = options or CalibrationOptions()
-    if hessian is not None and hessian.absolute() == out.absolute():
-        raise ImportanceError("is to hold both the importance and the Hessians", file=out)
+    refuse_same_file(out, hessian)
     text = read_text(text_path)
     with ModelWriter(out, "", overwrite=options.overwrite) as writer, progress_bar(progress) as bar:
         task = bar.add_task("calibrating", total=None)

@@ -37,7 +37,7 @@ COPIED_TYPES = {"i8": 1, "i16": 2, "i32": 4, "i64": 8, "f64": 8}
 
 VOCABULARY = re.compile(r"^(token_embd|output|per_layer_token_embd)\.weight$")
 
-_SMALL = re.compile(
+SMALL = re.compile(
     r"_norm\.weight$|ffn_gate_inp|ffn_gate_tid2eid|altup|laurel|per_layer_model_proj|^position_embd|^token_types"
     r"|ssm_conv1d|shortconv\.conv|indexer\.[kq]_proj|time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)"
     r"|attn_rel_b|\.position_embd|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_embd|\.patch_merger|rvq\.codebook"
@@ -383,7 +383,7 @@ def _choose(source: TensorSource, scheme: Scheme, overrides: list[tuple[re.Patte
             return target, f"--tensor-type {pattern.pattern}"
     if source.name.endswith("_norm.weight") or "ffn_gate_inp" in source.name:
         return "f32", "norm or router"
-    if _SMALL.search(source.name) or not source.name.endswith(".weight") or len(source.shape) > 3:
+    if SMALL.search(source.name) or not source.name.endswith(".weight") or len(source.shape) > 3:
         # Operations other than a matrix product read these, and some (convolutions) insist on the type they have.
         kept = source.source_type if source.source_type in ("f32", "f16") else "f32"
         return kept, "not a matrix product"

@@ -22,7 +22,6 @@ from ccq_format.gguf_io import Model, ModelWriter
 
 from . import borrow
 from .allocate import Overhead, allocate
-from .borrow import summary
 from .encode import check_weights, encode_rows, rows_of_importance
 from .feedback import Factors, encode_with_feedback, factorize
 from .hessian import Hessians
@@ -146,7 +145,7 @@ def check_importance(plan: Plan, importance: Importance) -> None:
          "alike: %s"),
     ):  # fmt: skip
         if names:
-            log.warning(f"%s: {what}", importance.file, len(names), len(wanted), summary(names))
+            log.warning(f"%s: {what}", importance.file, len(names), len(wanted), borrow.summary(names))
     report = importance.expert_report(found)
     if report:
         log.warning(report)
@@ -180,7 +179,7 @@ def check_hessians(plan: Plan, hessians: Hessians) -> None:
         )
     elif missing:
         log.warning(
-            "%s: no Hessian for %d of %d tensors: %s", hessians.file, len(missing), len(wanted), summary(missing)
+            "%s: no Hessian for %d of %d tensors: %s", hessians.file, len(missing), len(wanted), borrow.summary(missing)
         )
 
 

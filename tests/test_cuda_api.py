@@ -45,7 +45,7 @@ class OnDevice:
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
     """``ccq_backend.cuda`` takes the emulated library."""
     if cuda_harness.compiler() is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("no C++ compiler: install one, or name it in CXX")
     monkeypatch.setenv("CCQ_CUDA_LIBRARY", str(cuda_harness.library()))
 
 

@@ -18,7 +18,9 @@ from kernels_common import expected_weights, levels_and_scales, random_blocks, s
 
 from ccq_format.layouts import GROUP, LAYOUTS, Layout
 
-pytestmark = pytest.mark.skipif(cuda_harness.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(
+    cuda_harness.compiler() is None, reason="no C++ compiler: install one, or name it in CXX"
+)
 by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 
 
@@ -250,7 +252,7 @@ def test_with_sanitizers(tmp_path: Path, tests: str) -> None:
         [str(cuda_harness.compiler()), "-print-file-name=libasan.so"], capture_output=True, text=True
     ).stdout.strip()
     if not Path(asan).is_file():
-        pytest.skip("the compiler has no AddressSanitizer")
+        pytest.skip("the compiler has no AddressSanitizer: install libasan, or name another in CXX")
     library = cuda_harness.build(tmp_path / "sanitized.so", cuda_harness.SANITIZED)
     env = {
         **os.environ,

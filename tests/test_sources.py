@@ -210,7 +210,7 @@ def test_packed_integers(bits: int, dense: bool, symmetric: bool, tmp_path: Path
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, None), (3, 32), (8, 32), (5, 32), (7, None)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_packed_like_the_library(bits: int, group: int | None, symmetric: bool, tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("compressed_tensors", reason="comes with pip install '.[test]'")
     from compressed_tensors.compressors import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
@@ -233,7 +233,7 @@ def test_packed_like_the_library(bits: int, group: int | None, symmetric: bool, 
 
 
 def test_nvfp4_like_the_library(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("compressed_tensors", reason="comes with pip install '.[test]'")
     from compressed_tensors.compressors import NVFP4PackedCompressor
     from compressed_tensors.quantization import QuantizationScheme
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from ccq_format import errors, layouts
 from cffi import FFI
 
+from .arguments import layout_of, row_weights
 from .cdef import declarations
 
 __all__ = ["available", "dequantize", "library_path", "matmul", "matmul_id", "matvec"]
@@ -192,24 +193,6 @@ def _result(out: Any, like: Any, shape: tuple[int, ...], dtype: str) -> tuple[An
     return out, array
 
 
-def _layout(type: str | layouts.Layout) -> layouts.Layout:
-    if isinstance(type, layouts.Layout):
-        return type
-    try:
-        return layouts.by_name(type)
-    except KeyError:
-        raise errors.BackendError(f"'{type}' is no CCQ type") from None
-
-
-def _columns(layout: layouts.Layout, blocks: _Array) -> int:
-    count, rest = divmod(blocks.shape[-1], layout.block_bytes)
-    if rest:
-        raise errors.ShapeError(
-            f"{blocks.shape[-1]} bytes per row are no multiple of {layout.block_bytes} ({layout.name})"
-        )
-    return count * layout.block_weights
-
-
 def _row_stride(array: _Array, dim: int = -2) -> int:
     """Elements from one row to the next; of a single row, its length."""
     return array.strides[dim] if array.shape[dim] > 1 else array.shape[-1]
@@ -232,12 +215,12 @@ def dequantize(
     ``rows``: i32 [n], which rows (GET_ROWS), at most 65535; a number outside the matrix gives a row of NaN.  All rows
     without it.  Raises ``CudaError``, ``ShapeError``, ``BackendError``.
     """
-    layout = _layout(type)
+    layout = layout_of(type)
     _library()
     if dtype not in _FLOATS:
         raise errors.CudaError(f"'{dtype}' is none of {', '.join(_FLOATS)}")
     b = _array(blocks, "blocks", ["uint8"], [2])
-    cols = _columns(layout, b)
+    cols = row_weights(layout, b.shape[-1])
     index = _array(rows, "rows", ["int32"], [1]) if rows is not None else None
     n = index.shape[0] if index is not None else b.shape[0]
     out, o = _result(out, blocks, (n, cols), dtype)
@@ -266,7 +249,7 @@ def _product(
     stream: int | None,
 ) -> None:
     b, x, o = arrays["blocks"], arrays["x"], arrays["out"]
-    cols = _columns(layout, b)
+    cols = row_weights(layout, b.shape[-1])
     if x.shape[-1] != cols:
         raise errors.ShapeError(f"x has rows of {x.shape[-1]}, the weights of {cols}")
     size = 4 if x.dtype == "float32" else 2
@@ -300,7 +283,7 @@ def _product(
 
 
 def _dense(function: str | None, type: str | layouts.Layout, blocks: Any, x: Any, out: Any, stream: int | None) -> Any:
-    layout = _layout(type)
+    layout = layout_of(type)
     library = _library()
     b = _array(blocks, "blocks", ["uint8"], [2])
     a = _array(x, "x", list(_FLOATS), [2])
@@ -336,7 +319,7 @@ def matmul_id(
     all slots of a token, or [tokens, k, cols], contiguous.  An id outside the experts gives NaN.  Raises as ``matvec``
     does.
     """
-    layout = _layout(type)
+    layout = layout_of(type)
     _library()
     b = _array(blocks, "blocks", ["uint8"], [3])
     i = _array(ids, "ids", ["int32"], [2])

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ccq_format import errors, layouts
 
 from ._ccq import ffi, lib
+from .arguments import layout_of, row_weights
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -42,15 +43,6 @@ def _check(status: int) -> None:
         raise _ERRORS.get(status, errors.BackendError)(text)
 
 
-def _layout(type: str | layouts.Layout) -> layouts.Layout:
-    if isinstance(type, layouts.Layout):
-        return type
-    try:
-        return layouts.by_name(type)
-    except KeyError:
-        raise errors.BackendError(f"'{type}' is no CCQ type") from None
-
-
 def _pointer(array: npt.NDArray[Any], ctype: str) -> Any:
     return ffi.cast(ctype, ffi.from_buffer(array))
 
@@ -65,10 +57,7 @@ def _matrix(array: npt.ArrayLike, dtype: npt.DTypeLike, what: str) -> npt.NDArra
 def _blocks(layout: layouts.Layout, blocks: npt.ArrayLike) -> tuple[U8, int]:
     """Blocks as a contiguous u8 [rows, row_bytes] and the weights of a row."""
     b = _matrix(blocks, np.uint8, "blocks")
-    count, rest = divmod(b.shape[1], layout.block_bytes)
-    if rest:
-        raise errors.ShapeError(f"{b.shape[1]} bytes per row are no multiple of {layout.block_bytes} ({layout.name})")
-    return b, count * layout.block_weights
+    return b, row_weights(layout, b.shape[1])
 
 
 def isa() -> str:
@@ -112,7 +101,7 @@ def encode(
 
     Raises ``ShapeError``, ``WeightsError``, ``ImportanceError``, ``BackendError``.
     """
-    layout = _layout(type)
+    layout = layout_of(type)
     w = _matrix(weights, np.float32, "weights")
     rows, cols = w.shape
     try:
@@ -148,7 +137,7 @@ def encode(
 
 def decode(type: str | layouts.Layout, blocks: npt.ArrayLike) -> F32:
     """Exact weights f32 [rows, cols] of blocks u8 [rows, row bytes].  Raises ``ShapeError``, ``BackendError``."""
-    layout = _layout(type)
+    layout = layout_of(type)
     b, cols = _blocks(layout, blocks)
     out = np.empty((b.shape[0], cols), np.float32)
     _check(lib.ccq_decode(layout.gguf_id, _pointer(b, "const void *"), out.size, _pointer(out, "float *")))
@@ -222,7 +211,7 @@ def mul_mat(type: str | layouts.Layout, blocks: npt.ArrayLike, act: npt.ArrayLik
 
     Raises ``ShapeError``, ``BackendError``.
     """
-    layout = _layout(type)
+    layout = layout_of(type)
     b, cols = _blocks(layout, blocks)
     a = _activations(act, cols)
     out = np.empty((a.shape[0], b.shape[0]), np.float32)

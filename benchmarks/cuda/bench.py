@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,20 @@ from typing import Any
 import click
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "speed"))
+
+from random_models import random_blocks
+
 from ccq_backend import cuda
 from ccq_format import codec, errors
-from ccq_format.layouts import GROUP, LAYOUTS, Layout, TrellisCode
-
-
-def blocks_of(layout: Layout, rows: int, cols: int, rng: np.random.Generator) -> np.ndarray:
-    """Random blocks with scales of ordinary size, u8 [rows, row bytes]."""
-    b = rng.integers(0, 256, (rows, cols // layout.block_weights, layout.block_bytes), dtype=np.uint8)
-    if isinstance(layout.code, TrellisCode):
-        b[..., 0] = rng.integers(150, 220, b.shape[:2])
-    else:
-        b[..., 0:2] = np.frombuffer(np.uint16(0x3C12).tobytes(), np.uint8)
-        if layout.code.affine_state:
-            b[..., 2:10] = np.frombuffer(np.array([113.7, 21.3], "<f4").tobytes(), np.uint8)
-    return b.reshape(rows, -1)
+from ccq_format.layouts import GROUP, LAYOUTS, Layout
 
 
 def check(torch: Any, layout: Layout) -> None:
     """Raise ``ClickException`` where a kernel differs from the codec."""
     rng = np.random.default_rng(1)
     rows, cols = 67, 2048 + layout.block_weights
-    b = blocks_of(layout, rows, cols, rng)
+    b = random_blocks(layout, rows, cols, 0.02, rng)
     on_gpu = torch.from_numpy(b).cuda()
     weights = codec.decode(layout, b)
     if not np.array_equal(cuda.dequantize(layout, on_gpu).cpu().numpy().view(np.uint32), weights.view(np.uint32)):
@@ -93,7 +86,7 @@ def main(rows: int, cols: int, repeats: int, json_path: Path | None) -> None:
     dense = torch.randn(rows, cols, device="cuda", dtype=torch.float16)
     records = []
     for layout in LAYOUTS:
-        b = torch.from_numpy(blocks_of(layout, rows, cols, rng)).cuda()
+        b = torch.from_numpy(random_blocks(layout, rows, cols, 0.02, rng)).cuda()
         vector = seconds(torch, lambda b=b, k=layout: cuda.matvec(k, b, prompt[:1]), repeats)  # type: ignore[misc]
         matrix = seconds(torch, lambda b=b, k=layout: cuda.matmul(k, b, prompt), repeats)  # type: ignore[misc]
         half = seconds(torch, lambda: prompt[:1] @ dense.T, repeats), seconds(torch, lambda: prompt @ dense.T, repeats)

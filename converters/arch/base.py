@@ -351,6 +351,12 @@ class Family:
         return self.spec.token_ids(self) if self.spec.token_ids is not None else {}
 
 
+def plain_heads(family: Family) -> None:
+    """A ``Spec.check``: heads that are together as wide as the hidden states.  Raises ``ModelError``."""
+    if family.head_dim * family.heads != family.hidden:
+        raise family.config.error(f"llama.cpp needs hidden_size = heads * head_dim in {family.arch_name} models")
+
+
 def resolve(family: Family, stored: frozenset[str]) -> Iterator[tuple[str, Wanted]]:
     """GGUF names and contents of all tensors, one by one: a wrong shape shows before a count that it contradicts is
     used, such as that of the experts.

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import gguf
 
-from .base import Family, Require, Spec
+from .base import Family, Require, Spec, plain_heads
 from .blocks import Attention, Dense, Experts, Norm, decoder
 
 _NO_BIAS = Require("attention_bias", (False,), "llama.cpp has no bias in OLMo models", False)
 _OUTPUT = Require("tie_word_embeddings", (False,), "llama.cpp needs an output matrix of its own here", False)
-
-
-def _plain_heads(family: Family) -> None:
-    if family.head_dim * family.heads != family.hidden:
-        raise family.config.error(f"llama.cpp needs hidden_size = heads * head_dim in {family.arch_name} models")
 
 
 OLMO2 = Spec(
@@ -22,12 +17,12 @@ OLMO2 = Spec(
     (Attention(norms="all"), Norm("post_attention_layernorm"), Dense(), Norm("post_feedforward_layernorm")),
     rms_eps=1e-5,
     requires=(_NO_BIAS, _OUTPUT),
-    check=_plain_heads,
+    check=plain_heads,
 )
 
 
 def _equal_heads(family: Family) -> None:
-    _plain_heads(family)
+    plain_heads(family)
     if family.kv_heads != family.heads:
         raise family.config.error(f"llama.cpp needs as many key-value heads as heads, {family.heads}, in olmoe models")
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import gguf
 
-from .base import Family, Require, Sliding, Spec
+from .base import Require, Sliding, Spec, plain_heads
 from .blocks import Attention, Dense, Experts, decoder
 
 _SLIDING = Sliding(switch="use_sliding_window")
 _NO_BIAS = "llama.cpp has no 'attention_bias' in {} models"
-
-
-def _plain_heads(family: Family) -> None:
-    if family.head_dim * family.heads != family.hidden:
-        raise family.config.error(f"llama.cpp needs hidden_size = heads * head_dim in {family.arch_name} models")
 
 
 QWEN2 = Spec(
@@ -22,7 +17,7 @@ QWEN2 = Spec(
     decoder(Attention(bias=True), Dense()),
     kv_heads=32,
     sliding=_SLIDING,
-    check=_plain_heads,
+    check=plain_heads,
     calibrates=True,
 )
 

@@ -171,7 +171,9 @@ def test_llama_quantize_without_importance(tree: Tree, name: str, source: Path, 
 def test_llama_quantize_of_experts(tree: Tree, name: str, tmp_path: Path) -> None:
     """Importance of experts leans on that of the layer: of a rarely hit one much, of one never hit altogether."""
     if tree.ik:
-        pytest.skip("there llama-quantize has no counts of tokens by expert")
+        pytest.skip(
+            "ik_llama.cpp's llama-quantize has no counts of tokens by expert; runs with the other trees of make fork"
+        )
     original = write_model(tmp_path / "moe.gguf", random_tensors("ccq_t3", EXPERTS)[1], EXPERTS)
     importance = make_importance(original)
     quantize(original, tmp_path / "ours.gguf", QuantOptions(name, imatrix=imatrix.load(importance)), progress=False)
@@ -318,7 +320,7 @@ def test_perplexity_is_that_of_eval(tree: Tree, models: dict[str, tuple[Path, Pa
 
 def test_quantize_fns(tree: Tree) -> None:
     if tree.ik:
-        pytest.skip("ik_llama.cpp has no target for it")
+        pytest.skip("ik_llama.cpp has no target for it; runs with the other trees of make fork")
     said = tree.run("test-quantize-fns", "-v")
     for name in TYPES:
         assert re.search(rf"^{name} absolute quantization error: +ok", said, re.MULTILINE)
@@ -381,7 +383,9 @@ def test_server_answers_one_and_four_at_once(
 def test_files_with_the_forks_own_types_still_load(tree: Tree, source: Path, tmp_path: Path) -> None:
     """Type id 36 in a file without ccq.spec_version is BitNet's I2_S there: two bits per weight, then one scale."""
     if not tree.ik:
-        pytest.skip("llama.cpp gives none of our ids to a type of its own")
+        pytest.skip(
+            "llama.cpp gives none of our ids to a type of its own; runs after make fork TREE=ik-llama-cpp-python"
+        )
     path = tmp_path / "i2_s.gguf"
     model = open_model(source)
     writer = gguf.GGUFWriter(path, "llama")
