@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ccq_backend
-from ccq_converters.encode import check_weights, encode_rows, error_weights, rows_of_importance
+from ccq_converters.encode import check_weights, encode_rows, rows_of_importance
 from ccq_converters.mixtures import LADDER, MIXTURES
 from ccq_converters.plan import COPIED_TYPES, STOCK_TYPES, QuantOptions, TensorSource, block, make_plan, parse_type
 from ccq_format import layouts
@@ -225,12 +225,12 @@ def test_block_sizes_agree_with_gguf() -> None:
 def test_error_weights_follow_their_formula() -> None:
     x = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
     importance = np.array([4.0, 0.25], np.float32)
-    paper, trellis = layouts.by_name("ccq_p2"), layouts.by_name("ccq_t2")
+    paper, trellis = layouts.by_name("ccq_p2").code, layouts.by_name("ccq_t2").code
     plain = np.sqrt([[12.5 + 9, 12.5 + 16], [0, 0]])
-    np.testing.assert_allclose(error_weights(x, None, paper), plain, rtol=1e-6)
-    np.testing.assert_allclose(error_weights(x, importance, paper), plain * [2.0, 0.5], rtol=1e-6)
-    assert error_weights(x, None, trellis) is None
-    np.testing.assert_allclose(error_weights(x, importance, trellis), [4**0.75, 0.25**0.75], rtol=1e-6)
+    np.testing.assert_allclose(paper.error_weights(x, None), plain, rtol=1e-6)
+    np.testing.assert_allclose(paper.error_weights(x, importance), plain * [2.0, 0.5], rtol=1e-6)
+    assert trellis.error_weights(x, None) is None
+    np.testing.assert_allclose(trellis.error_weights(x, importance), [4**0.75, 0.25**0.75], rtol=1e-6)
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: layout.name)
