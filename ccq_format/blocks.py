@@ -78,8 +78,9 @@ class Code(Protocol):
         """What an element's own size adds to the weight of its error, float32 like ``x``, or ``None``: nothing;
         ``power`` is the mean square of each row ``[rows, 1]``."""
 
-    def gain(self, layout: Layout) -> np.float32:
-        """What weights are multiplied by before they are encoded."""
+    def gain(self, layout: Layout, weights: F32 | None) -> F32:
+        """What weights are multiplied by before they are encoded: float32 of the shape of ``weights``, those of their
+        squared errors (``[row_len]`` or ``[rows, row_len]``), or ``[1]``."""
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,9 @@ class PaperCode:
         weights: F32 = np.sqrt(np.square(x, dtype=np.float32) + power.astype(np.float32))
         return weights
 
-    def gain(self, layout: Layout) -> np.float32:
+    def gain(self, layout: Layout, weights: F32 | None) -> F32:
         """See ``Code``: 1."""
-        return np.float32(1)
+        return np.float32([1])
 
 
 def _group_scales(layout: Layout, blocks: np.ndarray) -> np.ndarray:

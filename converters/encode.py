@@ -66,7 +66,7 @@ def encode_rows(
 
         layout = layouts.by_name(target)
         weights = layout.code.error_weights(x, importance)
-        raised = x * layout.code.gain(layout)
+        raised = x * layout.code.gain(layout, weights)
         blocks: NDArray[np.uint8] = ccq_backend.encode(
             layout, raised, importance=weights, threads=threads, effort=effort
         )

@@ -166,7 +166,7 @@ def encode_with_feedback(x: F32, factors: Factors, threads: int = 0, effort: str
 
     layout, size = factors.layout, factors.layout.block_weights
     rows, n = x.shape
-    gain = layout.code.gain(layout)
+    gain = layout.code.gain(layout, None)
     power = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
     target = x.astype(np.float64)
     out = np.empty((rows, n // size, layout.block_bytes), np.uint8)

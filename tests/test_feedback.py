@@ -44,7 +44,7 @@ def plain(x: F32, layout: layouts.Layout, column_weights: F32) -> NDArray[np.uin
     if layout in P_TYPES:
         power = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
         weights = layout.code.size_weights(x, power) * column_weights
-    return ccq_backend.encode(layout, x * layout.code.gain(layout), importance=weights)
+    return ccq_backend.encode(layout, x * layout.code.gain(layout, None), importance=weights)
 
 
 def layer_error(x: F32, blocks: NDArray[np.uint8], layout: layouts.Layout, hessian: F32) -> float:
