@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from .blocks import F32, GROUP, U8, Layout, get
 
-
 LARGEST_GAIN = 0.25
 """By how much a weight is raised at most: more would cost the block's other weights, for one that hardly counts."""
 
@@ -119,18 +118,18 @@ class TrellisCode:
         return None
 
     def gain(self, layout: Layout, weights: F32 | None) -> F32:
-        """See ``Code``: ``1 + 4^-bpw (m / w)^(3/4)``, at most ``1 + LARGEST_GAIN``; w is the weight of an error and m the
-        geometric mean of those in the block.
+        """See ``Code``: ``1 + 4^-bpw (m / w)^(3/4)``, at most ``1 + LARGEST_GAIN``; w is the weight of an error and m
+        the geometric mean of those in the block.
 
         A nearest code word is shorter than its target, by about the relative squared error.  Within one matrix that is
         a small part of the error, but all matrices lose alike, and their losses add up through the model: decoded
         weights must be as large as the original ones on average, even if the noise grows with them.  How much a column
         loses depends on its weight among its block's: on Gaussian weights, with log-normal weights of errors, the loss
-        follows that power of them from 1/20 to 20 times the mean.  A gain for all alike makes the few channels too large
-        that carry most of a real model's signal, and lose next to nothing.
+        follows that power of them from 1/20 to 20 times the mean.  One gain for all makes the few channels too large
+        that carry most of a real model's signal and lose next to nothing.
 
-        Mean KL divergence of CCQ_T2 from the unquantized model, effort fast, importance of 64 k tokens; 16 M Llama, 10 k
-        tokens, and SmolLM2-135M, 2 k tokens each of technical English and of a novel:
+        Mean KL divergence of CCQ_T2 from the unquantized model, effort fast, importance of 64 k tokens; 16 M Llama,
+        10 k tokens, and SmolLM2-135M, 2 k tokens each of technical English and of a novel:
 
         ======================================  =======  ==========================
         errors weighted by importance^p, gain   16 M     SmolLM2, technical / novel

@@ -108,9 +108,11 @@ def stock_quantize(
     *,
     importance: Importance | None = None,
     threads: int = 0,
+    mixture: bool = False,
 ) -> None:
     """llama.cpp's own quantization of a GGUF file with the treatment of our pure plans: embedding and output q8_0, all
-    other matrices ``type_name``, one of ``STOCK_FILE_TYPES`` (``llama-quantize --pure``).
+    other matrices ``type_name``, one of ``STOCK_FILE_TYPES`` (``llama-quantize --pure``).  With ``mixture`` it is a
+    file type such as ``q4_k_m`` instead, of which llama.cpp chooses the tensors' types.
 
     ``importance`` is handed over as llama-quantize does it: sums over counts, 1 for an expert without inputs.  A row
     length that does not fit the type gets another one, as llama.cpp's rules say: read the file's types back.
@@ -121,9 +123,11 @@ def stock_quantize(
     lib = library()
     params = lib.llama_model_quantize_default_params()
     params.nthread = threads if threads > 0 else cpu_count()
-    params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{STOCK_FILE_TYPES[type_name]}")
-    params.output_tensor_type = params.token_embedding_type = lib.GGML_TYPE_Q8_0
-    params.pure = True
+    file_type = type_name.upper() if mixture else STOCK_FILE_TYPES[type_name]
+    params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+    if not mixture:
+        params.output_tensor_type = params.token_embedding_type = lib.GGML_TYPE_Q8_0
+        params.pure = True
     means: list[tuple[bytes, NDArray[np.float32]]] = []
     if importance is not None:
         for name, entry in importance.entries.items():

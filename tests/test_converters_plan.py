@@ -241,7 +241,8 @@ def test_gain_follows_its_formula() -> None:
     expected = 1 + np.minimum(4**-2.125 * (mean / blocks) ** 0.75, 0.25).reshape(weights.shape)
     gain = layout.code.gain(layout, weights)
     np.testing.assert_allclose(gain, expected, rtol=1e-6)
-    assert gain.min() < 1.01 and gain.max() == 1.25
+    assert gain.min() < 1.01
+    assert gain.max() == 1.25
     np.testing.assert_array_equal(layout.code.gain(layout, weights[1]), gain[1])
     np.testing.assert_allclose(layout.code.gain(layout, np.ones(64, np.float32)), layout.code.gain(layout, None)[0])
     paper = layouts.by_name("ccq_p2")
@@ -275,7 +276,8 @@ def test_columns_that_matter_most_are_as_large_as_the_original_ones(layout: layo
         ]
         for part in (order[:64], order[-64:])
     )
-    assert abs(most[0] - 1) < 0.02 and abs(most[0] - 1) < (most[1] - 1) / 2
+    assert abs(most[0] - 1) < 0.02
+    assert abs(most[0] - 1) < (most[1] - 1) / 2
     assert least[1] < least[0] < 1
 
 
