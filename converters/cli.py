@@ -358,18 +358,47 @@ def integrate(ctx: click.Context, tree: Path, check: bool, revert: bool, dry_run
 @click.option("--base", type=click.Path(path_type=Path), help="Model to compare with (KL divergence, top-1).")
 @click.option("--ctx", type=click.IntRange(min=4), default=256, show_default=True, help="Tokens per window.")
 @click.option("--windows", type=click.IntRange(min=1), help="Score only the first windows.  [all]")
+@click.option(
+    "--generate",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="First print how the file, and the base beside it, go on from a prompt, by N tokens, the most probable ones.",
+)
+@click.option("--prompt", help="What --generate starts from.  [the beginning of the text]")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
-    file: Path, text: Path, base: Path | None, ctx: int, windows: int | None, threads: int, as_json: bool
+    file: Path,
+    text: Path,
+    base: Path | None,
+    ctx: int,
+    windows: int | None,
+    generate: int | None,
+    prompt: str | None,
+    threads: int,
+    as_json: bool,
 ) -> None:
-    """Perplexity, and KL divergence from a base model, measured in stock llama.cpp as llama-perplexity does."""
-    from . import evaluate as evaluator
+    """Perplexity, and KL divergence from a base model, measured in stock llama.cpp as llama-perplexity does.
 
-    result = evaluator.evaluate(
-        file, evaluator.read_text(text), base_path=base, n_ctx=ctx, threads=threads, max_windows=windows
-    )
-    click.echo(json.dumps(result.as_dict(), indent=1) if as_json else result.as_text())
+    Says so if the file has collapsed, that is, writes gibberish: if its predictions are no better than frequencies of
+    tokens or, with --base, if half of what the context tells the base is lost.
+    """
+    from rich.console import Console
+
+    from . import evaluate as evaluator
+    from .continuation import continuations
+
+    if prompt is not None and generate is None:
+        raise click.UsageError("--prompt is for --generate.")
+    content = evaluator.read_text(text)
+    report: dict[str, Any] = {}
+    if generate is not None:
+        made = continuations(file, generate, prompt=prompt, text=content, base_path=base, threads=threads)
+        report["generated"] = made.as_dict()
+        if not as_json:
+            Console().print(made.table(file, base))
+    result = evaluator.evaluate(file, content, base_path=base, n_ctx=ctx, threads=threads, max_windows=windows)
+    click.echo(json.dumps(result.as_dict() | report, indent=1) if as_json else result.as_text())
 
 
 if __name__ == "__main__":
