@@ -37,6 +37,9 @@ class _Group(click.Group):
             handler = _LogHandler()
             logger = logging.getLogger(__package__)
             logger.addHandler(handler)
+            level = logger.level
+            if ctx.params.get("verbose"):
+                logger.setLevel(logging.INFO)
             try:
                 return super().invoke(ctx)
             except CcqError as error:
@@ -54,16 +57,15 @@ class _Group(click.Group):
                 ctx.exit(INTERRUPTED)
             finally:
                 logger.removeHandler(handler)
+                logger.setLevel(level)
 
 
 class _LogHandler(logging.Handler):
-    """Warnings of the converters as one line on stderr."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+    """What the converters say (by default only warnings), a line each on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"Warning: {record.getMessage()}", err=True)
+        warning = "Warning: " if record.levelno >= logging.WARNING else ""
+        click.echo(f"{warning}{record.getMessage()}", err=True)
 
 
 def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
@@ -211,7 +213,8 @@ def _report(plan: Plan, out: Path, dry_run: bool) -> None:
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(ccq_format.__version__, prog_name="ccq-convert")
-def main() -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Also say what is done, such as the error of every tensor.")
+def main(verbose: bool) -> None:
     """Convert models to CCQ, look into CCQ files, and measure them in stock llama.cpp."""
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import exp, inf, isfinite, log, sqrt
+from math import exp, inf, log, sqrt
 from pathlib import Path
 from typing import TypeVar
 
@@ -391,8 +391,12 @@ def _unigram(tokens: list[int], scored: NDArray[np.int64]) -> F64:
 
 
 def _quantile(values: F64, q: float) -> float:
-    """Interpolated between neighbours, which NumPy makes NaN if one is infinite."""
-    return float(np.quantile(values, q)) if isfinite(np.quantile(values, q, method="higher")) else inf
+    """Interpolated between neighbours, as NumPy does where both are finite."""
+    at = q * (len(values) - 1)
+    low = int(at)
+    pair = [low, min(low + 1, len(values) - 1)]
+    lower, upper = np.partition(values, pair)[pair]
+    return float(lower if at == low or lower == upper else lower + (upper - lower) * (at - low))
 
 
 def _stderr(values: F64) -> float:

@@ -43,8 +43,8 @@ times 100 or so for the sums of a few hundred terms that go through four layers.
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The bundled model as f32, f16, q8_0 and llama.cpp's own Q2_K (embedding and output q8_0); with BOS; with noise
-    that leaves nothing of it."""
+    """The bundled model as f32, f16, q8_0 and llama.cpp's own Q2_K (embedding and output q8_0); with BOS; with
+    noise for its matrices."""
     folder = tmp_path_factory.mktemp("models")
     out = {name: folder / f"{name}.gguf" for name in ("f32", "f16", "q8_0", "q2_k", "bos", "noise")}
     for name in ("f32", "f16", "q8_0"):
@@ -61,20 +61,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         sources=sources,
         options=QuantOptions("f32"),
     )
-    noisy = [with_noise(s) if s.name.startswith("blk.") and len(s.shape) == 2 else s for s in sources]
+    noisy = [noise(s) if s.name.startswith("blk.") and len(s.shape) == 2 else s for s in sources]
     write_model(
         out["noise"], arch=model.arch, copy_from=open_model(out["f32"]), sources=noisy, options=QuantOptions("f16")
     )
     return out
 
 
-def with_noise(source: TensorSource) -> TensorSource:
-    """Half of its power is noise."""
+def noise(source: TensorSource) -> TensorSource:
+    """Numbers by chance of the same size."""
 
     def load_rows(start: int, stop: int) -> np.ndarray:
         x = source.load_rows(start, stop)
         rng = np.random.default_rng([start, *source.name.encode()])
-        return x + x.std() * rng.standard_normal(x.shape, dtype=np.float32)
+        return x.std() * rng.standard_normal(x.shape, dtype=np.float32)
 
     return TensorSource(source.name, source.shape, load_rows, "f32")
 
@@ -282,16 +282,17 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 
 def test_tokens_that_are_masked(files: dict[str, Path], text: str, masks: dict[str, list[int]], tmp_path: Path) -> None:
     ours, base = files["q2_k"], files["f16"]
+    text = text[:4000]
     with llama.LlamaModel(base, n_ctx=8, threads=1) as model:
         tokens = model.tokenize(text)
         rare = [t for t in range(model.n_vocab) if t not in tokens][:5]
     common = max(set(tokens), key=tokens.count)
 
-    def run(**paths: Path) -> list[evaluate.EvalResult]:
+    def run() -> list[evaluate.EvalResult]:
         """Beside the base, and against its record."""
-        known = evaluate.record_base(base, text, tmp_path, n_ctx=128, max_windows=2, threads=1)
+        known = evaluate.record_base(base, text, tmp_path, n_ctx=64, max_windows=2, threads=1)
         return [
-            evaluate.evaluate(ours, text, base_path=base, n_ctx=128, max_windows=2, threads=1),
+            evaluate.evaluate(ours, text, base_path=base, n_ctx=64, max_windows=2, threads=1),
             evaluate.compare(ours, known, threads=1),
         ]
 
@@ -317,14 +318,15 @@ def test_tokens_that_are_masked(files: dict[str, Path], text: str, masks: dict[s
         assert result.ppl == result.ppl_base == result.ppl_stderr == inf
         assert 0 < result.infinite < result.scored
         assert np.isfinite(result.kld_mean)
-    alone = evaluate.evaluate(ours, text, n_ctx=128, max_windows=2, threads=1)
+    alone = evaluate.evaluate(ours, text, n_ctx=64, max_windows=2, threads=1)
     assert (alone.ppl, alone.infinite) == (inf, result.infinite)
     json.dumps(alone.as_dict(), allow_nan=False)
 
 
 def test_quantiles_beside_infinity() -> None:
     values = np.array([1.0, 3.0, inf])
-    assert [evaluate._quantile(values, q) for q in (0.25, 0.5, 0.75, 1)] == [2, 3, inf, inf]
+    assert [evaluate._quantile(values, q) for q in (0, 0.25, 0.5, 0.75, 1)] == [1, 2, 3, inf, inf]
+    assert evaluate._quantile(np.array([inf, 1.0, inf]), 0.75) == inf
 
 
 @given(arrays(np.float64, (2, 4), elements=st.floats(-800, 800) | st.just(-np.inf)))
@@ -556,7 +558,8 @@ def test_codes_are_half_a_step_off_at_most(logits: np.ndarray) -> None:
     back = base_record.unpack(codes, steps)
     depth, recorded = logp.max(axis=1, keepdims=True) - logp, -back
     near = depth <= base_record.DEPTH
-    assert (np.abs(depth - recorded)[near] <= (steps[:, None] / 2 * (1 + 1e-9) + 0 * depth)[near]).all()
+    bound = np.broadcast_to(steps[:, None] / 2 * (1 + 1e-9), depth.shape)
+    assert (np.abs(depth[near] - recorded[near]) <= bound[near]).all()
     assert (recorded[~near] > base_record.DEPTH).all()
     np.testing.assert_array_equal(np.isinf(recorded), np.exp(logp) == 0)
     np.testing.assert_array_equal(np.exp(evaluate.log_softmax(back)) > 0, np.exp(logp) > 0)
