@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -37,6 +37,7 @@ def decoded(type_name: str, x: np.ndarray) -> np.ndarray:
 # --- finding them ----------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(arrays(np.float32, (2, 128), elements=st.floats(-1e6, 1e6, width=32)))
 def test_blocks_by_definition(x: np.ndarray) -> None:
     squares = np.square(x, dtype=np.float64).reshape(4, 64)
@@ -48,6 +49,7 @@ def test_blocks_by_definition(x: np.ndarray) -> None:
     assert not outliers[powers == 0].any()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(0, 3))
 def test_rows_are_read_in_any_pieces(step: int, seed: int) -> None:
     x = gaussian(7, 128, seed=seed)
@@ -118,6 +120,7 @@ def test_a_sample_sees_the_largest_and_stands_for_all(monkeypatch: pytest.Monkey
         assert loss == pytest.approx(error, rel=0.1)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 12), st.integers(0, 30), st.integers(1, 40))
 def test_samples_stand_for_all_rows(count: int, outliers: int, rows: int) -> None:
     x = gaussian(rows, 64)
