@@ -124,13 +124,11 @@ class EvalResult:
             which = "the text or the base has" if self.kld_mean is not None else "the text has"
             lines.append(f"INFINITE         at {self.infinite} tokens the file gives probability 0 to what {which}")
         if self.collapsed:
-            guess = f"frequencies of the tokens alone: {self.ppl_unigram:.4g}"
-            if self.ppl_base is not None:
-                lines.append(f"COLLAPSED        half of what the context tells the base is lost, or more ({guess})")
-            else:
-                lines.append(
-                    f"COLLAPSED        no better than guessing ({guess}), unless the text does not suit the model"
-                )
+            why = "half of what the context tells the base is lost, or more"
+            if self.ppl >= self.ppl_unigram:
+                why = f"no better than guessing: the frequencies of the tokens have perplexity {self.ppl_unigram:.4g}"
+                why += "" if self.ppl_base is not None else "; or the text does not suit the model"
+            lines.append(f"COLLAPSED        {why}")
         return "\n".join(lines)
 
 

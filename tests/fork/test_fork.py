@@ -336,6 +336,8 @@ def test_perplexity_is_that_of_eval(
     n_ctx: int,
     windows: int,
 ) -> None:
+    if tree.ik and n_ctx == 100:
+        pytest.skip("ik_llama.cpp aborts in its flash attention: GGML_ASSERT(S > 0)")
     path = {"f16": source, "bos": with_bos}.get(name) or models[name][2]
     said = tree.run("llama-perplexity", "-m", path, "-f", TEXT, "-c", n_ctx, "--chunks", windows, "-t", 1)
     match = re.search(r"Final estimate: PPL.* = ([\d.]+) \+/- ([\d.]+)", said)
