@@ -1,7 +1,7 @@
 """Weights that their block cannot hold: one so large that the others of its block are lost, or all too small.
 
 A block of 64 weights of a T type has one scale.  A weight of k times the others' deviation stretches it, and its codes
-have a few bits for each of the others; what these lose, as a part of their own power (Gaussian, `--effort fast`):
+have a few bits for each of the others.  The block's squared error, as a part of their power (Gaussian, effort fast):
 
 =====  ========  ======  ========  ======  =====  =====  =====
 k      CCQ_T1_5  CCQ_T2  CCQ_T2_5  CCQ_T3  q4_0   q5_0   q8_0
