@@ -113,10 +113,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(stream, "_ROWS_FEEDBACK", 4)
     plain = stream.encoded_rows
 
-    def encoded_rows(tensor: Any, options: Any) -> Iterator[Any]:
+    def encoded_rows(tensor: Any, *more: Any) -> Iterator[Any]:
         if tensor.source.name == NORM:
             counter.wrap(lambda: None)()
-        yield from plain(tensor, options)
+        yield from plain(tensor, *more)
 
     monkeypatch.setattr(stream, "encoded_rows", encoded_rows)
     return counter
@@ -591,7 +591,7 @@ def test_signals(tmp_path: Path, folder: Path, number: signal.Signals, monkeypat
         assert without_advice(stderr.decode()) in texts
     encoded = []
     plain = stream.encoded_rows
-    monkeypatch.setattr(stream, "encoded_rows", lambda t, o: (encoded.append(t.source.name), plain(t, o))[1])
+    monkeypatch.setattr(stream, "encoded_rows", lambda t, *more: (encoded.append(t.source.name), plain(t, *more))[1])
     assert run(*arguments).exit_code == 0
     assert encoded == [f"blk.{i}.attn_q.weight" for i in range(done, 6)]
     assert (folder / "o.gguf").read_bytes() == whole(source, tmp_path)
