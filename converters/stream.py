@@ -26,8 +26,9 @@ from .encode import check_weights, encode_rows, rows_of_importance
 from .feedback import Factors, encode_with_feedback, factorize
 from .hessian import Hessians
 from .imatrix import Importance, provenance
-from .plan import VOCABULARY, Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, is_ccq, make_plan
+from .plan import Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, is_ccq, make_plan
 from .resume import job_of
+from .rules import is_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,7 @@ def write_model(
         plan = make_plan(sources, options)
     else:
         plan = _allocated_plan(arch, set_metadata, sources, options, progress, copy_from)
-    warning = plan.warning()
-    if warning:
+    for warning in plan.warnings():
         log.warning(warning)
     if options.imatrix is not None:
         check_importance(plan, options.imatrix)
@@ -154,7 +154,7 @@ def check_importance(plan: Plan, importance: Importance) -> None:
 def _wants_data(tensor: PlannedTensor) -> bool:
     """Whether a tensor needs data to be encoded well: not an embedding, whose rows are looked up, nor the output
     matrix, which is left out of the data by default."""
-    return is_ccq(tensor.type) and not VOCABULARY.search(tensor.source.name)
+    return is_ccq(tensor.type) and not is_vocabulary(tensor.source.name)
 
 
 def _is_output(tensor: PlannedTensor, tied: bool) -> bool:
