@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import gguf
@@ -108,11 +109,18 @@ class ModelWriter(Target):
         self._current = 0
         self._written = 0
         self._state = "declaring"
+        self.signed = False
+        """Whether the ``ccq.*`` keys are written: as soon as a CCQ tensor is declared."""
 
     @property
     def completed(self) -> int:
         """How many tensors, the first ones, are in the file."""
         return self._current
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all tensors are in the file."""
+        return self._current == len(self._order)
 
     @property
     def kept(self) -> int:
@@ -122,11 +130,11 @@ class ModelWriter(Target):
     # --- declaring --------------------------------------------------------------------------------------------------
 
     def copy_metadata(self, model: Model) -> None:
-        """Take over all keys of ``model`` with their exact value types and order, except the ``ccq.*`` keys, which say
-        how *that* file was written.  A key that was set before is replaced.  The alignment is taken over as well."""
+        """Take over all keys of ``model`` with their exact value types and order, but not ``ccq.*`` and ``split.*``:
+        these say how *that* file was written.  A key that was set before is replaced.  The alignment is taken over."""
         target = self.gguf.kv_data[0]
         for key, kv in model.fields.items():
-            if key.startswith("ccq."):
+            if key.startswith(("ccq.", "split.")):
                 continue
             target.pop(key, None)
             self.gguf.add_key_value(key, kv.value, kv.type, kv.sub_type)
@@ -163,6 +171,7 @@ class ModelWriter(Target):
         self.gguf.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
         self._sizes[name] = (kind, nbytes)
         self._order.append(name)
+        self.signed |= kind in _OURS
         return nbytes
 
     # --- writing ----------------------------------------------------------------------------------------------------
@@ -176,7 +185,7 @@ class ModelWriter(Target):
         """
         if self._state != "declaring":
             raise ValueError("begin() was called already")
-        if any(kind in _OURS for kind, _ in self._sizes.values()):
+        if self.signed:
             self.gguf.add_string(SPEC_VERSION_KEY, "{}.{}".format(*SPEC_VERSION))
             self.gguf.add_string(ENCODER_KEY, self.encoder)
         self._state = "writing"
@@ -241,26 +250,48 @@ class ModelWriter(Target):
         if self._state in ("closed", "aborted"):
             return
         try:
-            if self._state == "declaring":
-                self.begin()
-            if self._current < len(self._order):
-                raise ValueError(f"tensor '{self._order[self._current]}' is incomplete")
-            self._check_target()
-            try:
-                if self._partial is not None:
-                    self._partial.sync()
-                    os.replace(self._partial.path, self.path)
-                    self._partial.finish()
-                elif self._file is not None:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-                    self._file.close()
-                    os.replace(self._temporary, self.path)
-            except OSError as error:
-                raise self._output_error(error) from error
-            self._state = "closed"
+            self.complete()
+            self.publish()
+            self.settle()
         finally:
             self.abort()
+
+    def complete(self) -> None:
+        """The first third of :meth:`close`: check that nothing is missing, and sync it."""
+        if self._state == "declaring":
+            self.begin()
+        if not self.is_complete:
+            raise ValueError(f"tensor '{self._order[self._current]}' is incomplete")
+        self._check_target()
+        try:
+            if self._partial is not None:
+                self._partial.sync()
+            elif self._file is not None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._output_error(error) from error
+
+    def publish(self) -> None:
+        """The second third of :meth:`close`: rename the file to the target."""
+        try:
+            os.replace(self._hidden, self.path)
+        except OSError as error:
+            raise self._output_error(error) from error
+
+    def unpublish(self) -> None:
+        """Take :meth:`publish` back, if it has happened."""
+        if not self._hidden.exists():
+            with contextlib.suppress(OSError):
+                os.replace(self.path, self._hidden)
+
+    def settle(self) -> None:
+        """The last third of :meth:`close`: nothing but the target is left."""
+        self._state = "closed"
+        if self._partial is not None:
+            self._partial.finish()
+        if self._file is not None:
+            self._file.close()
 
     def abort(self) -> None:
         """Give up: remove the temporary file, or with a job leave it to the next writer if a tensor is complete.  Does
@@ -279,6 +310,10 @@ class ModelWriter(Target):
     def __enter__(self) -> ModelWriter:
         return self
 
+    def metadata_bytes(self) -> int:
+        """Bytes that counts and metadata take, as far as they are declared."""
+        return len(self._header()[0])
+
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _header(self) -> tuple[bytes, bytes]:
@@ -292,6 +327,11 @@ class ModelWriter(Target):
         self.gguf.write_ti_data_to_file()
         self.gguf.fout = None
         return buffer.getvalue()[:at], buffer.getvalue()[at:]
+
+    @property
+    def _hidden(self) -> Path:
+        """Where the file is before it has its name."""
+        return self._partial.path if self._partial is not None else self._temporary
 
     def _padding(self, size: int) -> bytes:
         """What follows ``size`` bytes up to the next multiple of the alignment."""

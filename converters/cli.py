@@ -100,6 +100,15 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     return int(Decimal(number) * factor)
 
 
+_split_option = click.option(
+    "--split-max-size",
+    metavar="SIZE",
+    callback=_size,
+    help="Write several files of at most SIZE bytes (such as 50G), as llama-gguf-split names them: "
+    "OUTPUT-00001-of-0000N.gguf. llama.cpp loads them by the first.",
+)
+
+
 def _quant_options(command: _F) -> _F:
     """The options that hf2gguf and quantize share."""
     options = [
@@ -155,6 +164,7 @@ def _quant_options(command: _F) -> _F:
             help="How far the encoder of the T types searches: fast takes less than half the time for 3 % more error.",
         ),
         click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]"),
+        _split_option,
         click.option("--dry-run", is_flag=True, help="Only print the plan."),
         click.option("--no-fallback", is_flag=True, help="Fail where a row does not fit a type's block."),
         click.option("--overwrite", is_flag=True, help="Replace an existing file."),
@@ -179,6 +189,7 @@ def _options(
     hessian: Path | None,
     threads: int,
     effort: str,
+    split_max_size: int | None,
     **flags: bool,
 ) -> tuple[Path, QuantOptions]:
     if output is None and not flags["dry_run"]:
@@ -194,6 +205,7 @@ def _options(
         overrides=overrides,
         threads=threads,
         effort=effort,
+        split_max_size=split_max_size,
         fallback=not flags["no_fallback"],
         overwrite=flags["overwrite"],
         dry_run=flags["dry_run"],
@@ -305,12 +317,13 @@ def inspect(file: Path, as_json: bool) -> None:
 @click.option(
     "--type", "type_name", type=click.Choice(["f32", "f16"], case_sensitive=False), required=True, help="Target type."
 )
+@_split_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
-def dequantize(in_file: Path, output: Path, type_name: str, overwrite: bool) -> None:
+def dequantize(in_file: Path, output: Path, type_name: str, split_max_size: int | None, overwrite: bool) -> None:
     """Write the exact decoded weights as a plain GGUF file that any llama.cpp reads."""
     from . import dequantize as dequantizer
 
-    plan = dequantizer.dequantize(in_file, output, type_name, overwrite=overwrite)
+    plan = dequantizer.dequantize(in_file, output, type_name, overwrite=overwrite, split_max_size=split_max_size)
     _report(plan, output, False)
 
 

@@ -89,7 +89,8 @@ class QuantOptions:
     ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
     errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
     one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``resume`` keeps what an
-    interrupted conversion has encoded, and goes on there.  ``resume.job_of`` must know which fields change no byte.
+    interrupted conversion has encoded, and goes on there; no file of the output is larger than ``split_max_size`` bytes
+    (see ``ccq_format.gguf_io.SplitWriter``).  ``resume.job_of`` must know which fields change no byte.
     """
 
     type: str | None = None
@@ -104,6 +105,7 @@ class QuantOptions:
     hessian: Hessians | None = None
     target_bpw: float | None = None
     target_size: int | None = None
+    split_max_size: int | None = None
 
     def __post_init__(self) -> None:
         if sum(wish is not None for wish in (self.type, self.target_bpw, self.target_size)) != 1:

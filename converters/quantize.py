@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ccq_format.errors import ModelError, OutputError, TensorTypeError
+from ccq_format.errors import OutputError, TensorTypeError
 from ccq_format.gguf_io import Model, TensorInfo, open_model
 
 from .plan import COPIED_TYPES, PLAIN_TYPES, Plan, QuantOptions, TensorSource
@@ -28,13 +28,11 @@ def quantize(
     exact value types, ``general.file_type`` included: llama.cpp has no number for a CCQ file and would call any other
     value "unknown, may not work", so its "file type" line keeps naming the source's type.
 
-    Raises ``TensorTypeError`` for a source of any other type, ``ModelError`` for one part of a split model, and what
-    ``open_model`` and ``write_model`` raise.
+    Raises ``TensorTypeError`` for a source of any other type, and what ``open_model`` and ``write_model`` raise.
     """
     model = open_model(in_path)
-    if not options.dry_run and os.path.exists(out_path) and os.path.samefile(in_path, out_path):
-        raise OutputError("input and output are the same file", file=out_path)
-    refuse_parts(model)
+    if not options.dry_run:
+        refuse_same(model, out_path)
     sources = sources_of(model)
     return write_model(
         out_path,
@@ -43,15 +41,14 @@ def quantize(
         options=options,
         progress=progress,
         copy_from=model,
-        files=[Path(in_path)],
+        files=[Path(file) for file in model.files],
     )
 
 
-def refuse_parts(model: Model) -> None:
-    """Raise ``ModelError`` if the file is one part of a model that is split over several."""
-    parts = model.metadata.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        raise ModelError(f"is one of {parts} parts; merge them with llama-gguf-split --merge first", file=model.path)
+def refuse_same(model: Model, out_path: str | os.PathLike[str]) -> None:
+    """Raise ``OutputError`` if the output is a file of the model that is read."""
+    if os.path.exists(out_path) and any(os.path.samefile(file, out_path) for file in model.files):
+        raise OutputError("input and output are the same file", file=out_path)
 
 
 def sources_of(model: Model) -> list[TensorSource]:
@@ -59,12 +56,12 @@ def sources_of(model: Model) -> list[TensorSource]:
     for info in model.tensors:
         if info.layout is not None:
             raise TensorTypeError(
-                f"is {info.type_name} already; quantize the original model instead", file=model.path, tensor=info.name
+                f"is {info.type_name} already; quantize the original model instead", file=info.file, tensor=info.name
             )
         if info.type_name not in PLAIN_TYPES and info.type_name not in COPIED_TYPES:
             raise TensorTypeError(
                 f"type {info.type_name} cannot be quantized again; start from an f32, f16, bf16 or q8_0 file",
-                file=model.path,
+                file=info.file,
                 tensor=info.name,
             )
     return [source_of(info) for info in model.tensors]

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import gguf
 import numpy as np
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ccq_format import layouts
 from ccq_format._partial import partial_path
 from ccq_format.errors import CcqError, ImportanceError
-from ccq_format.gguf_io import Model, ModelWriter
+from ccq_format.gguf_io import Model, ModelWriter, SplitWriter
 
 from . import borrow
 from .allocate import Overhead, allocate
@@ -31,6 +32,8 @@ from .resume import job_of
 from .rules import is_vocabulary
 
 log = logging.getLogger(__name__)
+
+Writer: TypeAlias = "ModelWriter | SplitWriter"
 
 _CHUNK_CCQ = 1 << 16
 """Weights per step and thread of a CCQ encoder: about half a second, so that Ctrl-C and the progress bar feel alive."""
@@ -200,7 +203,9 @@ def write_planned(
         job = job_of(options, files)
     elif partial_path(out_path).exists():
         log.warning("%s: left as it is; only --resume goes on with it", partial_path(out_path))
-    writer = ModelWriter(out_path, arch, overwrite=options.overwrite, job=job)
+    writer: Writer = ModelWriter(out_path, arch, overwrite=options.overwrite, job=job)
+    if options.split_max_size is not None:
+        writer = SplitWriter(out_path, arch, options.split_max_size, overwrite=options.overwrite, job=job)
     try:
         with writer:
             _declare(writer, plan, options, set_metadata, copy_from)
@@ -210,11 +215,11 @@ def write_planned(
             kept = f"{writer.kept} of {len(plan.tensors)} tensors are kept; the same command goes on from there"
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(kept) from None
-            log.warning("%s: %s", partial_path(out_path), kept)
+            log.warning("%s: %s", out_path, kept)
         raise
 
 
-def _write_tensors(writer: ModelWriter, plan: Plan, options: QuantOptions, progress: bool) -> None:
+def _write_tensors(writer: Writer, plan: Plan, options: QuantOptions, progress: bool) -> None:
     writer.begin()
     done, left = plan.tensors[: writer.completed], plan.tensors[writer.completed :]
     with progress_bar(progress) as bar:
@@ -227,7 +232,7 @@ def _write_tensors(writer: ModelWriter, plan: Plan, options: QuantOptions, progr
 
 
 def _declare(
-    writer: ModelWriter,
+    writer: Writer,
     plan: Plan,
     options: QuantOptions,
     set_metadata: Callable[[gguf.GGUFWriter], None] | None,
