@@ -58,10 +58,10 @@ class ModelWriter(Target):
     """Writes one GGUF file, holding no more than the chunk being written.
 
     Order of calls: metadata (through :attr:`gguf` and :meth:`copy_metadata`) and :meth:`add_tensor` for every tensor,
-    then :meth:`begin`, then :meth:`write` for every tensor in the order of their declaration.  Leaving the ``with``
-    block completes the file: data is synced to disk and the temporary file ``.NAME.xxxx.tmp`` in the target's folder
-    is renamed to the target.  Leaving it by any exception (``KeyboardInterrupt`` included) removes the temporary file
-    and leaves the target as it was::
+    then :meth:`begin`, then :meth:`write` for every tensor (empty ones, too) in the order of their declaration.
+    Leaving the ``with`` block completes the file: data is synced to disk and the temporary file ``.NAME.xxxx.tmp`` in
+    the target's folder is renamed to the target.  Leaving it by any exception (``KeyboardInterrupt`` included) removes
+    the temporary file and leaves the target as it was::
 
         with ModelWriter("out.gguf", "llama") as out:
             out.gguf.add_block_count(2)
@@ -146,7 +146,8 @@ class ModelWriter(Target):
 
         Raises:
             PlanError: unknown type name.
-            ShapeError: the row length is no multiple of the type's block, or the shape is empty or too long.
+            ShapeError: the row length is no multiple of the type's block, or the shape is too long, or that of a
+                CCQ tensor without weights.
             ValueError: the name is used twice or longer than 63 bytes, or :meth:`begin` was called already.
         """
         if self._state != "declaring":
@@ -159,7 +160,7 @@ class ModelWriter(Target):
             raise PlanError(f"unknown tensor type '{type_name}'", file=self.path, tensor=name) from None
         shape = tuple(int(n) for n in shape)
         block, block_bytes = GGML_QUANT_SIZES[kind]
-        if not 1 <= len(shape) <= 4 or min(shape) < 1:
+        if not 1 <= len(shape) <= 4 or min(shape) < (1 if kind in _OURS else 0):
             raise ShapeError(f"shape {shape} must have 1 to 4 positive dimensions", file=self.path, tensor=name)
         if shape[-1] % block:
             raise ShapeError(

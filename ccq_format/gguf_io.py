@@ -119,17 +119,17 @@ class TensorInfo:
     @property
     def n_rows(self) -> int:
         """Number of rows, over all leading dimensions."""
-        return self.n_weights // self.columns
+        return prod(self.shape[:-1])
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return self.nbytes // self.n_rows
+        return self.nbytes // max(1, self.n_rows)
 
     @property
     def bpw(self) -> float:
-        """Bits per weight."""
-        return 8 * self.nbytes / self.n_weights
+        """Bits per weight; 0 of a tensor without any."""
+        return 8 * self.nbytes / max(1, self.n_weights)
 
     @property
     def ggml_type(self) -> GGMLQuantizationType:
@@ -175,7 +175,7 @@ class TensorInfo:
         kind = self.ggml_type
         if kind not in _FLOATS and kind not in quants._type_traits:
             raise TensorTypeError(f"no decoder for type {self.type_name}", file=self._mapping.path, tensor=self.name)
-        step = max(1, max_weights // self.columns)
+        step = max(1, max_weights // max(1, self.columns))
         for first in range(0, self.n_rows, step):
             yield first, self._decode(self.stored_rows(first, min(first + step, self.n_rows)))
 

@@ -241,12 +241,21 @@ def hf2gguf(model_dir: Path, **settings: Any) -> None:
 @main.command()
 @click.argument("in_file", metavar="IN.gguf", type=click.Path(path_type=Path))
 @_quant_options
-def quantize(in_file: Path, **settings: Any) -> None:
-    """Give the tensors of a GGUF file (f32, f16, bf16, q8_0; any architecture) other types."""
+@click.option(
+    "--allow-requantize",
+    is_flag=True,
+    help="Also take tensors that are quantized to a small type already, as Q4_K: what they have lost stays lost.",
+)
+def quantize(in_file: Path, allow_requantize: bool, **settings: Any) -> None:
+    """Give the tensors of a GGUF file (f32, f16, bf16, q8_0, mxfp4, nvfp4; any architecture) other types.
+
+    What is quantized already and no larger than the type that it would get keeps its bytes.
+    """
     from . import quantize as quantizer
 
     out, options = _options(**settings)
-    _report(quantizer.quantize(in_file, out, options), out, options.dry_run)
+    plan = quantizer.quantize(in_file, out, options, allow_requantize=allow_requantize)
+    _report(plan, out, options.dry_run)
 
 
 @main.command()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol
 
+import gguf
 import numpy as np
 from numpy.typing import NDArray
 
@@ -260,17 +261,19 @@ def parse_type(text: str) -> str:
 
 def is_ccq(type_name: str) -> bool:
     """Whether a canonical type name is a CCQ type."""
-    return type_name not in STOCK_TYPES and type_name not in COPIED_TYPES
+    return any(layout.name == type_name for layout in layouts.LAYOUTS)
 
 
 def block(type_name: str) -> tuple[int, int]:
-    """Weights and bytes of one block of a canonical type name."""
-    if type_name in STOCK_TYPES:
-        return STOCK_TYPES[type_name]
-    if type_name in COPIED_TYPES:
-        return 1, COPIED_TYPES[type_name]
-    layout = layouts.by_name(type_name)
-    return layout.block_weights, layout.block_bytes
+    """Weights and bytes of one block of a canonical type name, or of another type of gguf's.  Raises ``KeyError``."""
+    weights, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
+    return weights, nbytes
+
+
+def is_quantized(type_name: str) -> bool:
+    """Whether a type name is gguf's or ours and has blocks of several weights."""
+    kind = gguf.GGMLQuantizationType.__members__.get(type_name.upper())
+    return kind is not None and gguf.GGML_QUANT_SIZES[kind][0] > 1
 
 
 def row_bytes(type_name: str, row_len: int) -> int:
@@ -313,9 +316,11 @@ def make_plan(
 
     1-D tensors are f32.  For the others (2-D, or 3-D stacks of experts) the table in ``rules`` says which have a type
     of their own; for the rest ``scheme`` chooses, by default that of ``options.type``; a float type in ``options.type``
-    takes all that a matrix product reads.  ``options.overrides`` win over these rules for tensors of two or more
-    dimensions.  A row length that is no multiple of the chosen type's block falls back to the smallest stock type above
-    its size that fits (see :func:`fallback`).  ``losses`` by tensor name, and their unit, are noted in the plan.
+    takes all that a matrix product reads.  Rows that are stored quantized in no more bits than that keep their bytes:
+    another type would only add to what they have lost.  ``options.overrides`` win over these rules for tensors of two
+    or more dimensions.  A row length that is no multiple of the chosen type's block falls back to the smallest stock
+    type above its size that fits (see :func:`fallback`).  ``losses`` by tensor name, and their unit, are noted in the
+    plan.
 
     Raises ``PlanError`` for an unknown type, a bad or unmatched pattern, or a fallback where none is allowed.
     """
@@ -329,6 +334,8 @@ def make_plan(
     blocks: set[int] = set()
     for source in sources:
         target, reason = chooser.choose(source, scheme)
+        if not reason.startswith("--tensor-type") and _is_better(source, target):
+            target, reason = source.source_type, f"as it is stored: no larger than {target}"
         weights, _ = block(target)
         misfit = source.row_len % weights != 0
         if misfit:
@@ -347,6 +354,14 @@ def make_plan(
             fallen.append(tensor)
     sizes = f" ({', '.join(map(str, sorted(blocks)))})" if blocks else ""
     return Plan(planned, len(fallen), sum(t.nbytes for t in fallen), sizes, loss_unit, tuple(chooser.unknown))
+
+
+def _is_better(source: TensorSource, target: str) -> bool:
+    """Whether the stored rows of a quantized source are no larger than in ``target``, which is quantized, too."""
+    stored = source.source_type
+    if source.raw_rows is None or not is_quantized(stored) or not is_quantized(target) or stored == target:
+        return False
+    return bits(stored) <= bits(target)
 
 
 def fallback(type_name: str, row_len: int) -> str:
@@ -401,6 +416,8 @@ class _Chooser:
         name = source.name
         if source.source_type in COPIED_TYPES:
             return source.source_type, "no weights: copied"
+        if source.n_weights == 0:
+            return source.source_type, "empty: copied"
         if len(source.shape) < 2:
             return "f32", "1-D"
         for pattern, target in self.overrides:
@@ -414,7 +431,9 @@ class _Chooser:
         if len(source.shape) > 3 and fate is not Fate.KEPT:
             fate, reason = Fate.KEPT, NOT_A_PRODUCT.reason
         if fate is Fate.KEPT:
-            return source.source_type if source.source_type in ("f32", "f16") else "f32", reason
+            stored = source.source_type
+            as_stored = stored in ("f32", "f16") or (is_quantized(stored) and source.raw_rows is not None)
+            return stored if as_stored else "f32", reason
         if isinstance(scheme, Pure) and scheme.type in FLOAT_TYPES:
             return scheme.type, "--type"
         if fate is Fate.VOCABULARY:
@@ -423,9 +442,9 @@ class _Chooser:
             return "q8_0", reason
         if len(source.shape) == 3 and not EXPERTS.search(name):
             return "q8_0", "3-D, no expert stack"
-        if rule is None:
-            self.unknown.append(name)
         target, why = scheme.matrix(name)
+        if rule is None and is_ccq(target):
+            self.unknown.append(name)
         if in_layers(name, self.mtp):
             fate, reason = MTP_BLOCK.fate, MTP_BLOCK.reason
         if fate is Fate.MEASURED and not self._measured(name) and (target == "free" or bits(target) < bits(UNMEASURED)):

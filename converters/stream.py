@@ -308,6 +308,9 @@ def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple
     Raises ``WeightsError`` and ``ImportanceError``.
     """
     source = tensor.source
+    if source.n_weights == 0:
+        yield np.empty(0, np.uint8), 0
+        return
     importance = None
     if options.imatrix is not None and is_ccq(tensor.type):
         importance = options.imatrix.for_tensor(source.name, source.matrices, source.row_len)
