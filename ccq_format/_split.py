@@ -157,6 +157,16 @@ class SplitWriter:
         """How many tensors an interrupted writer has left for the next one."""
         return sum(part.kept for part in self._parts)
 
+    @property
+    def written(self) -> int:
+        """See ``ModelWriter.written``."""
+        return self._parts[self._current].written if self._parts else 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """See ``ModelWriter.kept_bytes``."""
+        return sum(part.kept_bytes for part in self._parts)
+
     def copy_metadata(self, model: Model) -> None:
         """See ``ModelWriter.copy_metadata``."""
         self._draft.copy_metadata(model)

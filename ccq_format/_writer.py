@@ -38,6 +38,10 @@ _NATIVE = {
 }
 
 
+_CHECKPOINT = 1 << 25
+"""Bytes of one tensor after which a job notes that it has come so far: a few minutes of one core's encoding, of a stack
+of experts that takes hours."""
+
 _DIGESTED = ("the metadata", "the list of tensors and types")
 """The parts of the header that must not have changed between two runs of a job."""
 
@@ -71,7 +75,8 @@ class ModelWriter(Target):
                 out.write("blk.0.ffn_up.weight", rows)
 
     With a ``job`` an interrupted writer keeps what is complete, beside the target, and the next one with the same job,
-    metadata and tensors goes on there: after :meth:`begin` the first :attr:`completed` tensors are to be left out.
+    metadata and tensors goes on there: after :meth:`begin` the first :attr:`completed` tensors are to be left out, and
+    the first :attr:`written` bytes, whole chunks, of the next.
 
     A file with a CCQ tensor gets ``ccq.spec_version`` and ``ccq.encoder``; ``ccq.features`` is left out because no
     feature is in use.
@@ -116,6 +121,16 @@ class ModelWriter(Target):
     def completed(self) -> int:
         """How many tensors, the first ones, are in the file."""
         return self._current
+
+    @property
+    def written(self) -> int:
+        """How many bytes of the tensor behind those are in the file."""
+        return self._written
+
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes of a tensor that is not complete an interrupted writer has left for the next one."""
+        return self._partial.written if self._partial is not None and self._state == "aborted" else 0
 
     @property
     def is_complete(self) -> bool:
@@ -201,7 +216,7 @@ class ModelWriter(Target):
                 self._partial = Partial(self.path, job)
                 sizes = [(name, size + len(self._padding(size))) for name, (_, size) in self._sizes.items()]
                 self._partial.open(header, sizes)
-                self._current = self._partial.done
+                self._current, self._written = self._partial.done, self._partial.written
             else:
                 self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by close() and abort()
                 self._file.write(header)
@@ -232,6 +247,8 @@ class ModelWriter(Target):
         try:
             self._put(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
             self._written += data.nbytes
+            if self._partial is not None and self._partial.written + _CHECKPOINT <= self._written < nbytes:
+                self._partial.checkpoint(name, self._written)
             if self._written == nbytes:
                 self._put(self._padding(nbytes))
                 if self._partial is not None:
@@ -295,7 +312,7 @@ class ModelWriter(Target):
             self._file.close()
 
     def abort(self) -> None:
-        """Give up: remove the temporary file, or with a job leave it to the next writer if a tensor is complete.  Does
+        """Give up: remove the temporary file, or with a job leave it to the next writer if something is complete.  Does
         nothing after a successful :meth:`close`."""
         if self._state in ("closed", "aborted"):
             return

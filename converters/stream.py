@@ -27,7 +27,7 @@ from .encode import check_weights, encode_rows, rows_of_importance
 from .feedback import Factors, encode_with_feedback, factorize
 from .hessian import Hessians
 from .imatrix import Importance, provenance
-from .plan import Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, is_ccq, make_plan
+from .plan import Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, format_bytes, is_ccq, make_plan
 from .resume import job_of
 from .rules import is_vocabulary
 
@@ -211,8 +211,9 @@ def write_planned(
             _declare(writer, plan, options, set_metadata, copy_from)
             _write_tensors(writer, plan, options, progress)
     except BaseException as error:
-        if writer.kept:
-            kept = f"{writer.kept} of {len(plan.tensors)} tensors are kept; the same command goes on from there"
+        if writer.kept or writer.kept_bytes:
+            part = f" and {format_bytes(writer.kept_bytes)} of the next" if writer.kept_bytes else ""
+            kept = f"{writer.kept} of {len(plan.tensors)} tensors{part} are kept; the same command goes on from there"
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(kept) from None
             log.warning("%s: %s", out_path, kept)
@@ -222,13 +223,17 @@ def write_planned(
 def _write_tensors(writer: Writer, plan: Plan, options: QuantOptions, progress: bool) -> None:
     writer.begin()
     done, left = plan.tensors[: writer.completed], plan.tensors[writer.completed :]
+    # An interrupted job may have stopped inside a tensor, behind whole rows of it.
+    start = writer.written * left[0].source.rows // left[0].nbytes if writer.written else 0
+    kept = sum(t.source.n_weights for t in done) + (start * left[0].source.row_len if start else 0)
     with progress_bar(progress) as bar:
-        task = bar.add_task("", total=plan.n_weights, completed=sum(t.source.n_weights for t in done))
+        task = bar.add_task("", total=plan.n_weights, completed=kept)
         for tensor in left:
             bar.update(task, description=tensor.source.name)
-            for data, weights in encoded_rows(tensor, options):
+            for data, weights in encoded_rows(tensor, options, start):
                 writer.write(tensor.source.name, data)
                 bar.advance(task, weights)
+            start = 0
 
 
 def _declare(
@@ -302,8 +307,11 @@ def progress_bar(wanted: bool) -> Progress:
     )
 
 
-def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple[NDArray[np.uint8], int]]:
-    """The tensor in its target type, a few rows at a time: (uint8 ``[rows, row_bytes]``, number of weights).
+def encoded_rows(
+    tensor: PlannedTensor, options: QuantOptions, first: int = 0
+) -> Iterator[tuple[NDArray[np.uint8], int]]:
+    """The tensor in its target type from row ``first`` on, a few rows at a time: (uint8 ``[rows, row_bytes]``, number
+    of weights).
 
     Raises ``WeightsError`` and ``ImportanceError``.
     """
@@ -317,10 +325,10 @@ def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple
     threads = options.threads if options.threads > 0 else cpu_count()
     step = max(1, (_CHUNK_CCQ * threads if is_ccq(tensor.type) else _CHUNK_PLAIN) // source.row_len)
     if options.hessian is not None and is_ccq(tensor.type) and source.name in options.hessian:
-        yield from _rows_with_feedback(tensor, options.hessian, threads, options.effort)
+        yield from _rows_with_feedback(tensor, options.hessian, threads, options.effort, first)
         return
     copied = source.raw_rows if tensor.type == source.source_type else None
-    for start in range(0, source.rows, step):
+    for start in range(first, source.rows, step):
         stop = min(start + step, source.rows)
         weights = (stop - start) * source.row_len
         if copied is not None:
@@ -342,15 +350,15 @@ def encoded_rows(tensor: PlannedTensor, options: QuantOptions) -> Iterator[tuple
 
 
 def _rows_with_feedback(
-    tensor: PlannedTensor, hessians: Hessians, threads: int, effort: str
+    tensor: PlannedTensor, hessians: Hessians, threads: int, effort: str, first: int
 ) -> Iterator[tuple[NDArray[np.uint8], int]]:
     """``encoded_rows`` of a matrix, or a stack of them, that has a Hessian."""
     source = tensor.source
     per_matrix = source.rows // source.matrices
-    for matrix in range(source.matrices):
+    for matrix in range(first // per_matrix, source.matrices):
         factors = _factors(tensor, hessians, matrix)
         end = (matrix + 1) * per_matrix
-        for start in range(matrix * per_matrix, end, _ROWS_FEEDBACK):
+        for start in range(max(first, matrix * per_matrix), end, _ROWS_FEEDBACK):
             stop = min(start + _ROWS_FEEDBACK, end)
             x = source.load_rows(start, stop)
             check_weights(x, tensor.type, source.name)
