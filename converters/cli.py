@@ -165,7 +165,7 @@ def _quant_options(command: _F) -> _F:
         ),
         click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]"),
         _split_option,
-        click.option("--dry-run", is_flag=True, help="Only print the plan."),
+        click.option("--dry-run", is_flag=True, help="Only print the plan, its size and the time to expect."),
         click.option("--no-fallback", is_flag=True, help="Fail where a row does not fit a type's block."),
         click.option("--overwrite", is_flag=True, help="Replace an existing file."),
         click.option(
@@ -214,9 +214,12 @@ def _options(
     return output or Path(), options
 
 
-def _report(plan: Plan, out: Path, dry_run: bool) -> None:
-    if dry_run:
+def _report(plan: Plan, out: Path, options: QuantOptions) -> None:
+    if options.dry_run:
+        from .cost import expectation
+
         click.echo(plan.table())
+        click.echo(expectation(plan, options))
     else:
         click.echo(f"{out}: {plan.summary()}")
 
@@ -235,7 +238,7 @@ def hf2gguf(model_dir: Path, **settings: Any) -> None:
     from . import hf2gguf as converter
 
     out, options = _options(**settings)
-    _report(converter.convert(model_dir, out, options), out, options.dry_run)
+    _report(converter.convert(model_dir, out, options), out, options)
 
 
 @main.command()
@@ -255,7 +258,7 @@ def quantize(in_file: Path, allow_requantize: bool, **settings: Any) -> None:
 
     out, options = _options(**settings)
     plan = quantizer.quantize(in_file, out, options, allow_requantize=allow_requantize)
-    _report(plan, out, options.dry_run)
+    _report(plan, out, options)
 
 
 @main.command()
@@ -333,7 +336,7 @@ def dequantize(in_file: Path, output: Path, type_name: str, split_max_size: int 
     from . import dequantize as dequantizer
 
     plan = dequantizer.dequantize(in_file, output, type_name, overwrite=overwrite, split_max_size=split_max_size)
-    _report(plan, output, False)
+    click.echo(f"{output}: {plan.summary()}")
 
 
 @main.command("plugin-path")
