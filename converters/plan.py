@@ -334,7 +334,8 @@ def make_plan(
     blocks: set[int] = set()
     for source in sources:
         target, reason = chooser.choose(source, scheme)
-        if not reason.startswith("--tensor-type") and _is_better(source, target):
+        pinned = reason.startswith("--tensor-type")
+        if not pinned and _is_better(source, target):
             target, reason = source.source_type, f"as it is stored: no larger than {target}"
         weights, _ = block(target)
         misfit = source.row_len % weights != 0
@@ -347,6 +348,8 @@ def make_plan(
             blocks.add(weights)
             reason = f"row length {source.row_len} does not fit {target} ({weights})"
             target = fallback(target, source.row_len)
+            if not pinned and _is_better(source, target):
+                target = source.source_type
         loss = losses.get(source.name) if losses is not None else None
         tensor = PlannedTensor(source, target, source.rows * row_bytes(target, source.row_len), reason, loss)
         planned.append(tensor)

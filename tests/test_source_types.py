@@ -200,6 +200,12 @@ def test_a_smaller_type_is_kept(kind: str, stored: str, expected: str) -> None:
     assert pinned.tensors[0].type == "q5_0"
 
 
+def test_a_smaller_type_is_kept_instead_of_a_fallback() -> None:
+    """gpt-oss: rows of 2880 weights, which a P type's blocks do not divide."""
+    plan = make_plan([source("blk.0.ffn_up.weight", "mxfp4", 4, 2880)], QuantOptions("ccq_p2"))
+    assert [t.type for t in plan.tensors] == ["mxfp4"]
+
+
 def test_the_embedding_of_a_quantized_file_keeps_its_type(tmp_path: Path) -> None:
     with ModelWriter(tmp_path / "a.gguf", "llama") as out:
         out.add_tensor("token_embd.weight", "q6_k", (8, 512))
