@@ -291,3 +291,11 @@ def test_llama_cpp_runs_the_parts_like_the_one_file(files: tuple[Path, list[Path
     text = "It is a well-known fact that a file may be split. " * 40
     results = [evaluate(path, text, n_ctx=64, threads=1, max_windows=2) for path in (files[0], files[1][0])]
     assert results[0] == results[1]
+
+
+def test_calibration_takes_the_first_part(files: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="runs in llama-cpp-python")
+    (tmp_path / "t.txt").write_text("It is a well-known fact that a file may be split. " * 40)
+    for source, out in ((files[0], "a.gguf"), (files[1][0], "b.gguf")):
+        ok("calibrate", source, "--text", tmp_path / "t.txt", "-o", tmp_path / out, "--ctx", 64, "--chunks", 2)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
