@@ -15,10 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the tree's own table, not an installed one
 
 from ccq_format import layouts  # noqa: E402
-from ccq_format.layouts import Field, Layout, PaperCode, TrellisCode  # noqa: E402
+from ccq_format.layouts import Field, Layout  # noqa: E402
 
 HEADER = ROOT / "backend" / "core" / "layouts.h"
 SPEC = ROOT / "spec" / "ccq.md"
+
+FAMILIES = tuple(dict.fromkeys(t.code.family for t in layouts.LAYOUTS))
 
 ELEMENT = {"u8": "uint8", "u16": "uint16", "bf16": "bfloat16", "f32": "float32"}
 
@@ -27,29 +29,8 @@ def _defines(prefix: str, values: dict[str, object]) -> list[str]:
     return [f"#define {prefix}_{name} {value}" for name, value in values.items()]
 
 
-def _code_constants(layout: Layout) -> dict[str, object]:
-    """Constants of a type's code, as they are named in the header."""
-    code = layout.code
-    if isinstance(code, TrellisCode):
-        return {
-            "CODE_BITS": code.code_bits,
-            "STRIDE_EVEN": code.strides[0],
-            "STRIDE_ODD": code.strides[-1],
-            "WINDOW_BITS": code.window_bits,
-            "MULTIPLIER": f"{code.multiplier}u",
-            "FIELD_MASK": f"0x{code.field_mask:x}u",
-            "FIELD_SHIFT": code.field_shift,
-            "LEVEL_OFFSET": code.level_offset,
-            "SCALE_EXPONENT_BIAS": code.scale_exponent_bias,
-        }
-    return {
-        "WORD_BITS": code.word_bits,
-        "WORD_WEIGHTS": len(code.shifts),
-        "SHIFTS": "{" + ", ".join(map(str, code.shifts)) + "}",
-        "MASK": f"0x{code.mask:x}",
-        "ZERO_POINT": code.zero_point,
-        "SCALE_BITS": code.scale_bits,
-    }
+def _of_family(family: str) -> list[Layout]:
+    return [t for t in layouts.LAYOUTS if t.code.family == family]
 
 
 def _member(field: Field) -> str:
@@ -87,9 +68,10 @@ def c_header() -> str:
         lines[-1] = lines[-1].removesuffix(" \\")
         return lines
 
-    out += x_list("CCQ_TRELLIS_TYPES", [t for t in layouts.LAYOUTS if isinstance(t.code, TrellisCode)])
-    out += x_list("CCQ_PAPER_TYPES", [t for t in layouts.LAYOUTS if isinstance(t.code, PaperCode)])
-    out += ["#define CCQ_TYPES(X) CCQ_TRELLIS_TYPES(X) CCQ_PAPER_TYPES(X)", ""]
+    lists = {f"CCQ_{family.upper()}_TYPES": _of_family(family) for family in FAMILIES}
+    for name, rows in lists.items():
+        out += x_list(name, rows)
+    out += ["#define CCQ_TYPES(X) " + " ".join(f"{name}(X)" for name in lists), ""]
     for layout in layouts.LAYOUTS:
         macro, struct = layout.name.upper(), f"{layout.name}_block"
         out += [f"/* {macro}: {layout.bpw:g} bits per weight */"]
@@ -99,7 +81,7 @@ def c_header() -> str:
             "BLOCK_BYTES": layout.block_bytes,
             "GROUPS": layout.groups,
         }
-        out += _defines(macro, ids | _code_constants(layout))
+        out += _defines(macro, ids | layout.code.constants())
         out += ["typedef struct {", *(_member(f) for f in layout.fields), f"}} {struct};", ""]
     out += ["#ifdef __cplusplus", "#define CCQ_STATIC_ASSERT static_assert", "#else"]
     out += ["#define CCQ_STATIC_ASSERT _Static_assert", "#endif"]
@@ -129,29 +111,11 @@ def types_table() -> str:
     return _markdown(["type", "GGUF id", "weights per block", "bytes per block", "bits per weight"], rows)
 
 
-def trellis_table() -> str:
-    """Constants of the T types."""
-    rows: list[list[object]] = []
-    for t in layouts.LAYOUTS:
-        if isinstance(t.code, TrellisCode):
-            c = t.code
-            strides = ", ".join(map(str, c.strides)) + (", ..." if len(c.strides) > 1 else "")
-            rows.append(
-                [f"`{t.name.upper()}`", c.code_bits, strides, c.window_bits, c.multiplier, c.scale_exponent_bias]
-            )
-    return _markdown(["type", "n (bits)", "strides", "L (bits)", "M", "K"], rows)
-
-
-def paper_table() -> str:
-    """Constants of the P types."""
-    rows: list[list[object]] = []
-    for t in layouts.LAYOUTS:
-        if isinstance(t.code, PaperCode):
-            c = t.code
-            shifts = ", ".join(map(str, c.shifts))
-            rows.append([f"`{t.name.upper()}`", c.word_bits, shifts, f"0x{c.mask:X}", c.zero_point, c.scale_bits])
-    head = ["type", "word (bits)", "shifts, weight 0 first", "mask", "zero point", "local scale (bits)"]
-    return _markdown(head, rows)
+def code_table(family: str) -> str:
+    """Constants of the types of one family."""
+    types = _of_family(family)
+    rows = [[f"`{t.name.upper()}`", *t.code.spec_row()] for t in types]
+    return _markdown(["type", *types[0].code.spec_head], rows)
 
 
 def layout_table(layout: Layout) -> str:
@@ -166,9 +130,9 @@ def spec_text(text: str) -> str:
     """``spec/ccq.md`` with every marked table replaced.  Raises ``SystemExit`` for an unknown marker."""
     tables: dict[str, Callable[[], str]] = {
         "types": types_table,
-        "trellis": trellis_table,
-        "paper": paper_table,
     }
+    for family in FAMILIES:
+        tables[family] = lambda family=family: code_table(family)  # type: ignore[misc]
     for layout in layouts.LAYOUTS:
         tables[f"layout {layout.name}"] = lambda layout=layout: layout_table(layout)  # type: ignore[misc]
 

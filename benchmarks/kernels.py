@@ -42,7 +42,7 @@ def make_blocks(layout: Layout, rows: int, rng: np.random.Generator) -> np.ndarr
         b[..., 0] = 180
     else:
         b[..., 0:2] = (0x12, 0x3C)
-        if layout.code.affine_state:
+        if layout.has("code_scale"):
             b[..., 2:10] = np.frombuffer(np.array([113.7, 21.3], "<f4").tobytes(), np.uint8)
     return b.reshape(rows, -1)
 

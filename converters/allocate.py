@@ -29,6 +29,7 @@ from ccq_format.errors import PlanError, WeightsError
 from .encode import check_weights, encode_rows
 from .imatrix import Importance
 from .mixtures import LADDER, MIXTURES, Mixture, MixtureScheme
+from .outliers import A_FIFTH, block_powers, outlier_powers
 from .plan import (
     Plan,
     Pure,
@@ -40,6 +41,7 @@ from .plan import (
     is_ccq,
     make_plan,
     row_bytes,
+    scheme_of,
 )
 
 SAMPLE = 1 << 17
@@ -176,26 +178,17 @@ def measure(source: TensorSource, options: QuantOptions) -> Choices:
     """
     types = tuple(name for name in LADDER if source.row_len % block(name)[0] == 0)
     per_matrix = source.rows // source.matrices
-    count = min(source.rows, max(1, SAMPLE // source.row_len))
-    rows = _spread(source.rows, count)
-    x = source.load_rows(0, source.rows) if count == source.rows else _rows(source, rows)
-    check_weights(x, "f32", source.name)
-    matrix = rows // per_matrix
-    importance = None
-    if options.imatrix is not None:
-        importance = options.imatrix.for_tensor(source.name, source.matrices, source.row_len)
-        if importance is not None and importance.ndim == 2:
-            importance = importance[matrix]
+    rows, times, x, importance = _sampled(source, options)
     gradients = _gradients(source, options.imatrix)
     if gradients is not None:
         power, each = gradients
         # Gradients and inputs are known of all rows, errors of some: the sample counts by its share of their product.
         share = each * np.repeat(power.mean(axis=1), per_matrix)
-        columns, weights = power[matrix], each[rows]
-        scale = 0.5 * float(share.sum()) * _reciprocal(float(share[rows].sum()))
+        columns, weights = power[rows // per_matrix], each[rows] * times
+        scale = 0.5 * float(share.sum()) * _reciprocal(float(share[rows] @ times))
     else:
-        columns, weights = np.ones_like(x, np.float64), np.ones(count)
-        scale = _reciprocal(float(np.square(x, dtype=np.float64).sum()))
+        columns, weights = np.ones_like(x, np.float64), times
+        scale = _reciprocal(float(times @ np.square(x, dtype=np.float64).sum(axis=1)))
     losses = []
     for name in types:
         try:
@@ -218,6 +211,38 @@ def _gradients(source: TensorSource, file: Importance | None) -> tuple[F64, F64]
     if gradients is None or power is None:
         return None
     return power.astype(np.float64), gradients.astype(np.float64).reshape(-1)
+
+
+def _sampled(source: TensorSource, options: QuantOptions) -> tuple[NDArray[np.int64], F64, F32, F32 | None]:
+    """Rows of a tensor, how many each stands for, their weights, and their importances ``[row_len]`` or
+    ``[rows, row_len]``, if there are any."""
+    count = min(source.rows, max(1, SAMPLE // source.row_len))
+    rows, times = _sample(source, count)
+    x = source.load_rows(0, source.rows) if count == source.rows else _rows(source, rows)
+    check_weights(x, "f32", source.name)
+    importance = None
+    if options.imatrix is not None:
+        importance = options.imatrix.for_tensor(source.name, source.matrices, source.row_len)
+        if importance is not None and importance.ndim == 2:
+            importance = importance[rows // (source.rows // source.matrices)]
+    return rows, times, x, importance
+
+
+def _sample(source: TensorSource, count: int) -> tuple[NDArray[np.int64], F64]:
+    """``count`` rows, increasing, and how many each stands for.
+
+    Outliers are rare, and one may cost more than all else (see ``outliers``): the rows with the largest, up to half of
+    the sample, are in it for themselves, the others stand for what remains."""
+    if count == source.rows:
+        return np.arange(count), np.ones(count)
+    powers, _ = outlier_powers(source)
+    most = np.argsort(-powers, kind="stable")[: min(count // 2, np.count_nonzero(powers))]
+    others = np.setdiff1d(np.arange(source.rows), most)
+    chosen = others[_spread(len(others), count - len(most))]
+    rows = np.concatenate([most, chosen])
+    times = np.repeat([1.0, len(others) / len(chosen)], [len(most), len(chosen)])
+    order = np.argsort(rows)
+    return rows[order], times[order]
 
 
 def _spread(n: int, count: int) -> NDArray[np.int64]:
@@ -245,6 +270,70 @@ def _decoded(name: str, blocks: NDArray[np.uint8]) -> F32:
         weights: F32 = ccq_backend.decode(layouts.by_name(name), blocks)
         return weights
     return np.asarray(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name.upper()]), np.float32)
+
+
+# --- outliers in mixtures -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Spared:
+    """Another scheme with larger types for some tensors."""
+
+    scheme: Scheme
+    types: dict[str, str]
+
+    def matrix(self, name: str) -> tuple[str, str]:
+        return self._raised(name, self.scheme.matrix(name))
+
+    def vocabulary(self, name: str) -> tuple[str, str]:
+        return self._raised(name, self.scheme.vocabulary(name))
+
+    def _raised(self, name: str, choice: tuple[str, str]) -> tuple[str, str]:
+        return (self.types[name], f"{choice[1]}, raised for outliers") if name in self.types else choice
+
+
+def spare(plan: Plan, options: QuantOptions, advance: Callable[[str], None] | None = None) -> Plan:
+    """The plan of a mixture with the next larger type of ``LADDER`` that ends it for every tensor that suffers from
+    outliers (see ``outliers``): that loses no more than its other blocks do twice.
+
+    Tensors that ``options.overrides`` name stay as they are.  ``advance`` is called with each name before it is looked
+    at.  Raises ``WeightsError`` and ``ImportanceError``, naming the tensor.
+    """
+    assert options.type is not None
+    types = {}
+    for tensor in plan.tensors:
+        if advance is not None and len(tensor.source.shape) > 1:
+            advance(tensor.source.name)
+        if tensor.type in LADDER and is_ccq(tensor.type) and not tensor.reason.startswith("--tensor-type"):
+            types[tensor.source.name] = _sparing(tensor.source, tensor.type, options)
+    raised = {t.source.name: types[t.source.name] for t in plan.tensors if types.get(t.source.name, t.type) != t.type}
+    if not raised:
+        return plan
+    sources = [tensor.source for tensor in plan.tensors]
+    return make_plan(sources, options, _Spared(scheme_of(options.type, sources), raised))
+
+
+def _sparing(source: TensorSource, type_name: str, options: QuantOptions) -> str:
+    """The smallest type from ``type_name`` on in which blocks with outliers lose no more than the others in that."""
+    powers, others = outlier_powers(source)
+    if powers.sum() <= A_FIFTH * others:
+        return type_name
+    _, times, x, importance = _sampled(source, options)
+    _, outliers = block_powers(x)
+    each = np.repeat(times, source.row_len // layouts.GROUP)
+    limit = None
+    for name in LADDER[LADDER.index(type_name) :]:
+        try:
+            check_weights(x, name, source.name)
+        except WeightsError:  # too large for its scales
+            continue
+        error = (_decoded(name, encode_rows(name, x, importance, options.threads, "fast")) - x).reshape(len(each), -1)
+        lost = each * np.einsum("bi,bi->b", error, error, dtype=np.float64)
+        if limit is None:
+            limit = 2 * lost[~outliers].sum()
+        if lost.sum() <= limit:
+            return name
+    return LADDER[-1]
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------

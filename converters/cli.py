@@ -37,6 +37,9 @@ class _Group(click.Group):
             handler = _LogHandler()
             logger = logging.getLogger(__package__)
             logger.addHandler(handler)
+            level = logger.level
+            if ctx.params.get("verbose"):
+                logger.setLevel(logging.INFO)
             try:
                 return super().invoke(ctx)
             except CcqError as error:
@@ -54,16 +57,15 @@ class _Group(click.Group):
                 ctx.exit(INTERRUPTED)
             finally:
                 logger.removeHandler(handler)
+                logger.setLevel(level)
 
 
 class _LogHandler(logging.Handler):
-    """Warnings of the converters as one line on stderr."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+    """What the converters say (by default only warnings), a line each on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"Warning: {record.getMessage()}", err=True)
+        warning = "Warning: " if record.levelno >= logging.WARNING else ""
+        click.echo(f"{warning}{record.getMessage()}", err=True)
 
 
 def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
@@ -226,7 +228,8 @@ def _report(plan: Plan, out: Path, options: QuantOptions) -> None:
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(ccq_format.__version__, prog_name="ccq-convert")
-def main() -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Also say what is done, such as the error of every tensor.")
+def main(verbose: bool) -> None:
     """Convert models to CCQ, look into CCQ files, and measure them in stock llama.cpp."""
 
 
@@ -383,18 +386,47 @@ def integrate(ctx: click.Context, tree: Path, check: bool, revert: bool, dry_run
 @click.option("--base", type=click.Path(path_type=Path), help="Model to compare with (KL divergence, top-1).")
 @click.option("--ctx", type=click.IntRange(min=4), default=256, show_default=True, help="Tokens per window.")
 @click.option("--windows", type=click.IntRange(min=1), help="Score only the first windows.  [all]")
+@click.option(
+    "--generate",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="First print how the file, and the base beside it, go on from a prompt, by N tokens, the most probable ones.",
+)
+@click.option("--prompt", help="What --generate starts from.  [the beginning of the text]")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
-    file: Path, text: Path, base: Path | None, ctx: int, windows: int | None, threads: int, as_json: bool
+    file: Path,
+    text: Path,
+    base: Path | None,
+    ctx: int,
+    windows: int | None,
+    generate: int | None,
+    prompt: str | None,
+    threads: int,
+    as_json: bool,
 ) -> None:
-    """Perplexity, and KL divergence from a base model, measured in stock llama.cpp as llama-perplexity does."""
-    from . import evaluate as evaluator
+    """Perplexity, and KL divergence from a base model, measured in stock llama.cpp as llama-perplexity does.
 
-    result = evaluator.evaluate(
-        file, evaluator.read_text(text), base_path=base, n_ctx=ctx, threads=threads, max_windows=windows
-    )
-    click.echo(json.dumps(result.as_dict(), indent=1) if as_json else result.as_text())
+    Says so if the file has collapsed, that is, writes gibberish: if its predictions are no better than frequencies of
+    tokens or, with --base, if half of what the context tells the base is lost.
+    """
+    from rich.console import Console
+
+    from . import evaluate as evaluator
+    from .continuation import continuations
+
+    if prompt is not None and generate is None:
+        raise click.UsageError("--prompt is for --generate.")
+    content = evaluator.read_text(text)
+    report: dict[str, Any] = {}
+    if generate is not None:
+        made = continuations(file, generate, prompt=prompt, text=content, base_path=base, threads=threads)
+        report["generated"] = made.as_dict()
+        if not as_json:
+            Console().print(made.table(file, base))
+    result = evaluator.evaluate(file, content, base_path=base, n_ctx=ctx, threads=threads, max_windows=windows)
+    click.echo(json.dumps(result.as_dict() | report, indent=1) if as_json else result.as_text())
 
 
 if __name__ == "__main__":

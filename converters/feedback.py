@@ -14,8 +14,8 @@ Measured: mean KL divergence of CCQ_T2 from f32 with all matrices of a 4 M Llama
 others): 0.0810 with importance alone, 0.0657 with feedback between blocks (at a gain of 1), 0.0561 with feedback inside
 them as well (by a slower search with about as much error).  Blocks in the order of decreasing activations leave 1 to
 2 % less to the last columns than blocks in their own order: not worth a permutation.  16 M Llama, at gains of 1 + c *
-4^-bpw (``encode.target_gain``): c = 0.5 0.0475, 1 0.0463, 1.4 0.0486.  Hessians in which each token counts by its mean
-squared gradient at the outputs (GuidedQuant, arXiv 2505.07004, with one group) give 0.0464: no better.
+4^-bpw (``gain`` of a type's code): c = 0.5 0.0475, 1 0.0463, 1.4 0.0486.  Hessians in which each token counts by its
+mean squared gradient at the outputs (GuidedQuant, arXiv 2505.07004, with one group) give 0.0464: no better.
 
 Sources: Frantar et al., arXiv 2210.17323 (GPTQ); Chee et al., arXiv 2307.13304 (LDLQ).
 """
@@ -30,8 +30,6 @@ from numpy.typing import NDArray
 
 from ccq_format import layouts
 from ccq_format.errors import ImportanceError
-
-from .encode import magnitude_weights, target_gain
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -106,10 +104,9 @@ def factorize(
         mean = 1.0
     rest *= (1 - shrinkage) * (count / (count + n / 8) if math.isfinite(count) else 1) / mean
     rest[np.diag_indices(n)] = (diagonal if diagonal.any() else 1.0) / mean + damping
-    trellis = isinstance(layout.code, layouts.TrellisCode)
     size = layout.block_weights
     weights = np.empty(n)
-    coupling = np.zeros((n // _GROUP, _GROUP, _GROUP), np.float32) if trellis else None
+    coupling = np.zeros((n // _GROUP, _GROUP, _GROUP), np.float32) if layout.code.couples else None
     # From the last block to the first: what remains of H up to column `stop` is H given the columns after it.
     for start in range(n - size, -1, -size):
         stop = start + size
@@ -169,18 +166,18 @@ def encode_with_feedback(x: F32, factors: Factors, threads: int = 0, effort: str
 
     layout, size = factors.layout, factors.layout.block_weights
     rows, n = x.shape
-    gain = target_gain(layout)
-    if factors.coupling is None:
-        power = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
+    gain = layout.code.gain(layout, None)
+    power = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
     target = x.astype(np.float64)
     out = np.empty((rows, n // size, layout.block_bytes), np.uint8)
     for start in range(0, n, size):
         stop = start + size
         block = target[:, start:stop].astype(np.float32)
         weights, coupling = factors.weights[start:stop], None
-        if factors.coupling is None:
-            weights = (magnitude_weights(block, power) * weights).astype(np.float32)
-        elif factors.coupling[start // _GROUP].any():
+        own = layout.code.size_weights(block, power)
+        if own is not None:
+            weights = (own * weights).astype(np.float32)
+        if factors.coupling is not None and factors.coupling[start // _GROUP].any():
             coupling = factors.coupling[start // _GROUP][None]
         codes = ccq_backend.encode(
             layout,

@@ -12,6 +12,8 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -108,9 +110,11 @@ def stock_quantize(
     *,
     importance: Importance | None = None,
     threads: int = 0,
+    mixture: bool = False,
 ) -> None:
     """llama.cpp's own quantization of a GGUF file with the treatment of our pure plans: embedding and output q8_0, all
-    other matrices ``type_name``, one of ``STOCK_FILE_TYPES`` (``llama-quantize --pure``).
+    other matrices ``type_name``, one of ``STOCK_FILE_TYPES`` (``llama-quantize --pure``).  With ``mixture`` it is a
+    file type such as ``q4_k_m`` instead, of which llama.cpp chooses the tensors' types.
 
     ``importance`` is handed over as llama-quantize does it: sums over counts, 1 for an expert without inputs.  A row
     length that does not fit the type gets another one, as llama.cpp's rules say: read the file's types back.
@@ -121,9 +125,11 @@ def stock_quantize(
     lib = library()
     params = lib.llama_model_quantize_default_params()
     params.nthread = threads if threads > 0 else cpu_count()
-    params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{STOCK_FILE_TYPES[type_name]}")
-    params.output_tensor_type = params.token_embedding_type = lib.GGML_TYPE_Q8_0
-    params.pure = True
+    file_type = type_name.upper() if mixture else STOCK_FILE_TYPES[type_name]
+    params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+    if not mixture:
+        params.output_tensor_type = params.token_embedding_type = lib.GGML_TYPE_Q8_0
+        params.pure = True
     means: list[tuple[bytes, NDArray[np.float32]]] = []
     if importance is not None:
         for name, entry in importance.entries.items():
@@ -157,6 +163,10 @@ class LlamaModel:
     ``watch``, if given, is the graph's evaluation callback: called with the address of each node and ``True``, it says
     whether to stop there; stopped, it is called with ``False``, the node and its sources being computed, and says
     whether to go on with the graph.  What it raises comes out of :meth:`decode`.  It may be replaced at any time.
+
+    ``interruptible`` lets Ctrl-C end :meth:`decode` within a node of the graph: llama.cpp's call runs in a thread of
+    its own, since waiting for that can be interrupted, and is told to stop.  For many tokens at a time: it costs some
+    microseconds per node.
     """
 
     def __init__(
@@ -169,10 +179,13 @@ class LlamaModel:
         exact: bool = False,
         n_batch: int = _N_BATCH,
         watch: Watch | None = None,
+        interruptible: bool = False,
     ) -> None:
         self.path = os.fspath(path)
         self.watch = watch
         self._raised: BaseException | None = None
+        self._runner: ThreadPoolExecutor | None = None
+        self._interrupted = False
         self._lib = lib = library()
         self._ctx: Any = None
         self._model: Any = None
@@ -195,6 +208,9 @@ class LlamaModel:
             params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if watch is not None:
             self._on_node = params.cb_eval = lib.ggml_backend_sched_eval_callback(self._visit)
+        if interruptible:
+            self._runner = ThreadPoolExecutor(1)
+            self._abort = params.abort_callback = lib.ggml_abort_callback(lambda _data: self._interrupted)
         self._ctx = lib.llama_init_from_model(self._model, params)
         if not self._ctx:
             self.close()
@@ -218,6 +234,8 @@ class LlamaModel:
 
     def close(self) -> None:
         """Free the model and its context; safe to call twice."""
+        if self._runner is not None:
+            self._runner.shutdown()
         if self._batch is not None:
             self._lib.llama_batch_free(self._batch)
         if self._ctx:
@@ -272,7 +290,7 @@ class LlamaModel:
             batch.seq_id[i][0] = sequences[i]
             batch.logits[i] = outputs[i]
         self._raised = None
-        status = self._lib.llama_decode(self._ctx, batch)
+        status = self._lib.llama_decode(self._ctx, batch) if self._runner is None else self._decode_aside(batch)
         if self._raised is not None:
             raise self._raised
         if status:
@@ -283,15 +301,38 @@ class LlamaModel:
             return np.empty((0, self.n_vocab), np.float32)
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._ctx), (n_out, self.n_vocab))
 
-    def generate(self, prompt: str, n_tokens: int) -> tuple[str, float]:
-        """Continue ``prompt`` greedily by ``n_tokens``; returns the new text and tokens per second at batch size 1."""
-        tokens = self.tokenize(prompt)
+    def _decode_aside(self, batch: Any) -> int:
+        """llama_decode in the thread for it; whatever ends the wait ends the call, too."""
+        assert self._runner is not None
+        self._interrupted = False
+        run = self._runner.submit(self._lib.llama_decode, self._ctx, batch)
+        try:
+            return int(run.result())
+        except BaseException:
+            self._interrupted = True
+            while not run.done():
+                with suppress(KeyboardInterrupt):  # a second one must not free what still runs
+                    wait([run])
+            raise
+
+    def generate(self, prompt: str | list[int], n_tokens: int) -> tuple[str, float]:
+        """Continue ``prompt`` (text or tokens) greedily by ``n_tokens``, or fewer if the model ends the text; returns
+        the new text and tokens per second at batch size 1.  Raises ``EvalError`` if a logit is NaN."""
+        tokens = self.tokenize(prompt) if isinstance(prompt, str) else prompt
         self.clear()
         n = len(tokens)
         logits = self.decode(tokens, list(range(n)), [0] * n, [False] * (n - 1) + [True])
-        made = [int(logits[0].argmax())]
-        start = time.perf_counter()
-        while len(made) < n_tokens:
-            made.append(int(self.decode([made[-1]], [n + len(made) - 1], [0], [True])[0].argmax()))
-        seconds = time.perf_counter() - start
-        return self.detokenize(made), (len(made) - 1) / seconds
+        made: list[int] = []
+        steps, start = 0, time.perf_counter()
+        while True:
+            best = int(logits[0].argmax())  # of NaN, if there is one
+            if np.isnan(logits[0, best]):
+                raise EvalError("the model computes logits that are NaN", file=self.path)
+            if self._lib.llama_vocab_is_eog(self._vocab, best):
+                break
+            made.append(best)
+            if len(made) == n_tokens:
+                break
+            logits = self.decode([best], [n + steps], [0], [True])
+            steps += 1
+        return self.detokenize(made), steps / (time.perf_counter() - start)

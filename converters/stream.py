@@ -22,12 +22,24 @@ from ccq_format.errors import CcqError, ImportanceError
 from ccq_format.gguf_io import Model, ModelWriter, SplitWriter
 
 from . import borrow
-from .allocate import Overhead, allocate
+from .allocate import Overhead, allocate, spare
 from .encode import check_weights, encode_rows, rows_of_importance
 from .feedback import Factors, encode_with_feedback, factorize
 from .hessian import Hessians
 from .imatrix import Importance, provenance
-from .plan import Plan, PlannedTensor, QuantOptions, TensorSource, cpu_count, format_bytes, is_ccq, make_plan
+from .mixtures import MixtureScheme
+from .outliers import BlockErrors, Report
+from .plan import (
+    Plan,
+    PlannedTensor,
+    QuantOptions,
+    TensorSource,
+    cpu_count,
+    format_bytes,
+    is_ccq,
+    make_plan,
+    scheme_of,
+)
 from .resume import job_of
 from .rules import is_vocabulary
 
@@ -72,6 +84,8 @@ def write_model(
         options = replace(options, hessian=borrow.complete_hessians(options.hessian, sources))
     if options.type is not None:
         plan = make_plan(sources, options)
+        if isinstance(scheme_of(options.type, sources), MixtureScheme):
+            plan = _spared(plan, options, progress)
     else:
         plan = _allocated_plan(arch, set_metadata, sources, options, progress, copy_from)
     for warning in plan.warnings():
@@ -226,14 +240,18 @@ def _write_tensors(writer: Writer, plan: Plan, options: QuantOptions, progress: 
     # An interrupted job may have stopped inside a tensor, behind whole rows of it.
     start = writer.written * left[0].source.rows // left[0].nbytes if writer.written else 0
     kept = sum(t.source.n_weights for t in done) + (start * left[0].source.row_len if start else 0)
+    report = Report()
     with progress_bar(progress) as bar:
         task = bar.add_task("", total=plan.n_weights, completed=kept)
         for tensor in left:
             bar.update(task, description=tensor.source.name)
-            for data, weights in encoded_rows(tensor, options, start):
+            errors = BlockErrors(tensor.source.name, tensor.type)
+            for data, weights in encoded_rows(tensor, options, errors, start):
                 writer.write(tensor.source.name, data)
                 bar.advance(task, weights)
+            report.add(errors)
             start = 0
+    report.finish()
 
 
 def _declare(
@@ -284,6 +302,13 @@ def _allocated_plan(
         return allocate(sources, options, overhead, advance)
 
 
+def _spared(plan: Plan, options: QuantOptions, progress: bool) -> Plan:
+    """``allocate.spare`` with a progress bar."""
+    with progress_bar(progress) as bar:
+        task = bar.add_task("", total=sum(len(t.source.shape) > 1 for t in plan.tensors))
+        return spare(plan, options, lambda name: bar.update(task, description=f"looking at {name}", advance=1))
+
+
 def _note_importance(writer: gguf.GGUFWriter, importance: Importance) -> None:
     for key in [key for key in writer.kv_data[0] if key.startswith("quantize.imatrix.")]:
         del writer.kv_data[0][key]  # of the file copied from
@@ -308,10 +333,12 @@ def progress_bar(wanted: bool) -> Progress:
 
 
 def encoded_rows(
-    tensor: PlannedTensor, options: QuantOptions, first: int = 0
+    tensor: PlannedTensor, options: QuantOptions, errors: BlockErrors | None = None, first: int = 0
 ) -> Iterator[tuple[NDArray[np.uint8], int]]:
     """The tensor in its target type from row ``first`` on, a few rows at a time: (uint8 ``[rows, row_bytes]``, number
     of weights).
+
+    ``errors``, if given, is told what they are decoded to if that is a CCQ type.
 
     Raises ``WeightsError`` and ``ImportanceError``.
     """
@@ -325,7 +352,7 @@ def encoded_rows(
     threads = options.threads if options.threads > 0 else cpu_count()
     step = max(1, (_CHUNK_CCQ * threads if is_ccq(tensor.type) else _CHUNK_PLAIN) // source.row_len)
     if options.hessian is not None and is_ccq(tensor.type) and source.name in options.hessian:
-        yield from _rows_with_feedback(tensor, options.hessian, threads, options.effort, first)
+        yield from _rows_with_feedback(tensor, options.hessian, threads, options.effort, errors, first)
         return
     copied = source.raw_rows if tensor.type == source.source_type else None
     for start in range(first, source.rows, step):
@@ -342,15 +369,29 @@ def encoded_rows(
         if importance is not None:
             part = rows_of_importance(importance, source.name, source.rows, source.row_len, start, stop)
         try:
-            yield encode_rows(tensor.type, x, part, threads, options.effort), weights
+            blocks = encode_rows(tensor.type, x, part, threads, options.effort)
         except CcqError as error:
             if error.tensor is not None:
                 raise
             raise type(error)(error.reason, tensor=source.name) from error
+        _note_errors(errors, x, blocks)
+        yield blocks, weights
+
+
+def _note_errors(errors: BlockErrors | None, x: NDArray[np.float32], blocks: NDArray[np.uint8]) -> None:
+    if errors is not None and is_ccq(errors.type):
+        import ccq_backend  # plain conversions need no compiled kernels
+
+        errors.add(x, ccq_backend.decode(layouts.by_name(errors.type), blocks))
 
 
 def _rows_with_feedback(
-    tensor: PlannedTensor, hessians: Hessians, threads: int, effort: str, first: int
+    tensor: PlannedTensor,
+    hessians: Hessians,
+    threads: int,
+    effort: str,
+    errors: BlockErrors | None,
+    first: int,
 ) -> Iterator[tuple[NDArray[np.uint8], int]]:
     """``encoded_rows`` of a matrix, or a stack of them, that has a Hessian."""
     source = tensor.source
@@ -362,7 +403,9 @@ def _rows_with_feedback(
             stop = min(start + _ROWS_FEEDBACK, end)
             x = source.load_rows(start, stop)
             check_weights(x, tensor.type, source.name)
-            yield encode_with_feedback(x, factors, threads, effort), (stop - start) * source.row_len
+            blocks = encode_with_feedback(x, factors, threads, effort)
+            _note_errors(errors, x, blocks)
+            yield blocks, (stop - start) * source.row_len
         del factors  # before the next ones are computed
 
 

@@ -29,7 +29,6 @@ from ccq_format.gguf_io import open_model
 
 from .upstream_diff.models import CASES, EXAMPLE, MOE, QWEN_MOE, Case, build, save_bpe
 
-DATA = Path(__file__).parent / "data"
 HELDOUT = EXAMPLE.parent / "heldout.txt"
 CTX, CHUNKS = 32, 5
 
@@ -347,18 +346,6 @@ def test_an_unhit_expert_is_counted(tmp_path: Path) -> None:
 def run(folder: Path, text: Path, out: Path, *more: object) -> Result:
     arguments = ["calibrate", folder, "--text", text, "-o", out, "--ctx", CTX, "--threads", 1, *more]
     return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def test_equals_llama_imatrix(tmp_path: Path) -> None:
-    """The bundled model on llama-imatrix's own windows; llama.cpp multiplies with float16 weights and activations."""
-    calibrate(EXAMPLE, HELDOUT, tmp_path / "i.gguf", CalibrationOptions(ctx=128, chunks=8), progress=False)
-    ours, theirs = imatrix.load(tmp_path / "i.gguf"), imatrix.load(DATA / "manllama-4m.imatrix.gguf")
-    assert set(ours.entries) == set(theirs.entries)
-    assert (ours.chunk_count, ours.chunk_size) == (theirs.chunk_count, theirs.chunk_size)
-    for name, entry in ours.entries.items():
-        assert entry.counts.tolist() == theirs.entries[name].counts.tolist()
-        np.testing.assert_allclose(entry.sums, theirs.entries[name].sums, rtol=3e-3)
-        np.testing.assert_allclose(entry.sums.sum(), theirs.entries[name].sums.sum(), rtol=3e-4)
 
 
 def test_the_file_fits_the_converted_model(tmp_path: Path) -> None:

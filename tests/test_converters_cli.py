@@ -16,7 +16,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ccq_converters.cli import main
-from ccq_converters.encode import error_weights
 from ccq_converters.plan import STOCK_TYPES
 from ccq_format import codec, layouts
 from ccq_format.gguf_io import ModelWriter, open_model
@@ -133,7 +132,7 @@ def test_ccq_bytes_are_the_encoders_with_our_gain(source: Path, tmp_path: Path) 
     ok("quantize", source, "-o", tmp_path / "b.gguf", "--type", "t2", "--threads", 3)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     x = open_model(source).tensor("blk.0.attn_q.weight").dequantize()
-    assert error_weights(x, None, layouts.by_name("ccq_t2")) is None
+    assert layouts.by_name("ccq_t2").code.error_weights(x, None) is None
     stored = open_model(tmp_path / "a.gguf").tensor("blk.0.attn_q.weight").data()
     np.testing.assert_array_equal(stored, ccq_backend.encode("ccq_t2", x * np.float32(1 + 4**-2.125)))
 

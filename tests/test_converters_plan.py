@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ccq_backend
-from ccq_converters.encode import check_weights, encode_rows, error_weights, rows_of_importance
+from ccq_converters.encode import check_weights, encode_rows, rows_of_importance
 from ccq_converters.mixtures import LADDER, MIXTURES
 from ccq_converters.plan import COPIED_TYPES, STOCK_TYPES, QuantOptions, TensorSource, block, make_plan, parse_type
 from ccq_format import layouts
@@ -233,12 +233,28 @@ def test_block_sizes_agree_with_gguf() -> None:
 def test_error_weights_follow_their_formula() -> None:
     x = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
     importance = np.array([4.0, 0.25], np.float32)
-    paper, trellis = layouts.by_name("ccq_p2"), layouts.by_name("ccq_t2")
+    paper, trellis = layouts.by_name("ccq_p2").code, layouts.by_name("ccq_t2").code
     plain = np.sqrt([[12.5 + 9, 12.5 + 16], [0, 0]])
-    np.testing.assert_allclose(error_weights(x, None, paper), plain, rtol=1e-6)
-    np.testing.assert_allclose(error_weights(x, importance, paper), plain * [2.0, 0.5], rtol=1e-6)
-    assert error_weights(x, None, trellis) is None
-    np.testing.assert_allclose(error_weights(x, importance, trellis), [4**0.75, 0.25**0.75], rtol=1e-6)
+    np.testing.assert_allclose(paper.error_weights(x, None), plain, rtol=1e-6)
+    np.testing.assert_allclose(paper.error_weights(x, importance), plain * [2.0, 0.5], rtol=1e-6)
+    assert trellis.error_weights(x, None) is None
+    np.testing.assert_array_equal(trellis.error_weights(x, importance), importance)
+
+
+def test_gain_follows_its_formula() -> None:
+    layout = layouts.by_name("ccq_t2")
+    weights = np.exp(np.random.default_rng(3).normal(0, 2, (3, 128))).astype(np.float32)
+    blocks = weights.reshape(3, 2, 64).astype(np.float64)
+    mean = np.exp(np.log(blocks).mean(axis=2, keepdims=True))
+    expected = 1 + np.minimum(4**-2.125 * (mean / blocks) ** 0.75, 0.25).reshape(weights.shape)
+    gain = layout.code.gain(layout, weights)
+    np.testing.assert_allclose(gain, expected, rtol=1e-6)
+    assert gain.min() < 1.01
+    assert gain.max() == 1.25
+    np.testing.assert_array_equal(layout.code.gain(layout, weights[1]), gain[1])
+    np.testing.assert_allclose(layout.code.gain(layout, np.ones(64, np.float32)), layout.code.gain(layout, None)[0])
+    paper = layouts.by_name("ccq_p2")
+    assert paper.code.gain(paper, weights) == 1
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: layout.name)
@@ -248,6 +264,29 @@ def test_decoded_weights_are_as_large_as_the_original_ones(layout: layouts.Layou
     decoded = ccq_backend.decode(layout, encode_rows(layout.name, x))
     slope = float((decoded * x).sum() / np.square(x).sum())
     assert abs(slope - 1) < (0.05 if layout.name.startswith("ccq_t") else 0.12)
+
+
+@pytest.mark.parametrize("layout", [x for x in layouts.LAYOUTS if x.name.startswith("ccq_t")], ids=lambda x: x.name)
+def test_columns_that_matter_most_are_as_large_as_the_original_ones(layout: layouts.Layout) -> None:
+    """One gain for all would make them too large, and those that matter least even smaller than they get anyway."""
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((256, 256)).astype(np.float32)
+    importance = np.exp(rng.normal(0, 1, 256)).astype(np.float32)
+    one_gain = ccq_backend.encode(layout, x * layout.code.gain(layout, None), importance=importance)
+    order = np.argsort(importance)
+    least, most = (
+        [
+            float((decoded * x)[:, part].sum() / np.square(x[:, part]).sum())
+            for decoded in (
+                ccq_backend.decode(layout, blocks).reshape(x.shape)
+                for blocks in (encode_rows(layout.name, x, importance), one_gain)
+            )
+        ]
+        for part in (order[:64], order[-64:])
+    )
+    assert abs(most[0] - 1) < 0.02
+    assert abs(most[0] - 1) < (most[1] - 1) / 2
+    assert least[1] < least[0] < 1
 
 
 def test_importance_rows_belong_to_their_matrix() -> None:

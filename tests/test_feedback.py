@@ -10,7 +10,6 @@ from kernels_common import levels_and_scales
 from numpy.typing import NDArray
 
 import ccq_backend
-from ccq_converters.encode import magnitude_weights, target_gain
 from ccq_converters.feedback import Factors, encode_with_feedback, factorize
 from ccq_converters.hessian import Hessians, HessianWriter
 from ccq_converters.plan import QuantOptions
@@ -43,8 +42,9 @@ def plain(x: F32, layout: layouts.Layout, column_weights: F32) -> NDArray[np.uin
     """The encoder without feedback, in the same weighting."""
     weights = column_weights
     if layout in P_TYPES:
-        weights = magnitude_weights(x, np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)) * column_weights
-    return ccq_backend.encode(layout, x * target_gain(layout), importance=weights)
+        power = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
+        weights = layout.code.size_weights(x, power) * column_weights
+    return ccq_backend.encode(layout, x * layout.code.gain(layout, None), importance=weights)
 
 
 def layer_error(x: F32, blocks: NDArray[np.uint8], layout: layouts.Layout, hessian: F32) -> float:

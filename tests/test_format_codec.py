@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ccq_format import codec
+from ccq_format import codec, trellis
 from ccq_format.errors import BlockError, ImportanceError, WeightsError
 from ccq_format.layouts import GROUP, LAYOUTS, Layout, TrellisCode, by_name
 
@@ -188,10 +188,10 @@ def test_viterbi_closes_the_path_at_a_good_seam(layout: Layout) -> None:
     def cost(path: np.ndarray) -> np.ndarray:
         return ((target - codec.levels(layout).astype(np.float64)[path]) ** 2).sum(axis=1)
 
-    free = codec._best_path(layout, np.tile(target, 2), np.tile(importance, 2), seam=None)
+    free = trellis._best_path(layout, np.tile(target, 2), np.tile(importance, 2), seam=None)
     closed = cost(codec.viterbi(layout, target, importance))
     assert (closed >= (cost(free[:, :GROUP]) + cost(free[:, GROUP:])) / 2 - 1e-6).all()
-    assert closed.sum() < 0.98 * cost(codec._best_path(layout, target, importance, seam=free[:, 0])).sum()
+    assert closed.sum() < 0.98 * cost(trellis._best_path(layout, target, importance, seam=free[:, 0])).sum()
 
 
 def test_viterbi_has_a_coding_gain() -> None:

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 using ccq::TypeRow;
@@ -34,6 +35,7 @@ bool is_trellis(int32_t id) {
 
 constexpr double kFloor = 1e-6; // smallest importance, as a fraction of the row's mean
 constexpr double kTiny = 1e-37; // keeps every importance a normal float32
+constexpr double kLargestGain = 0.25;
 
 void take_importance(const float * imatrix, int64_t n, float * out) {
     double sum = 0;
@@ -47,11 +49,26 @@ void take_importance(const float * imatrix, int64_t n, float * out) {
     }
 }
 
-// importance^(3/4), one for all rows
-void trellis_weights(const float * importance, int64_t n, float * out) {
-    for (int64_t i = 0; i < n; i++) {
-        const float root = std::sqrt(importance[i]);
-        out[i] = root * std::sqrt(root);
+// TrellisCode.gain of ccq_format/trellis.py: what the weights of a row are multiplied by, given the weights of their
+// errors (NULL: all alike)
+void trellis_gain(const float * weights, int64_t n, const TypeRow & row, float * out) {
+    const double raised = std::pow(4.0, -8.0 * row.block_bytes / row.block_weights);
+    if (!weights) {
+        std::fill(out, out + n, static_cast<float>(1 + raised));
+        return;
+    }
+    std::vector<double> means(static_cast<size_t>(row.block_weights));
+    for (int64_t at = 0; at < n; at += row.block_weights) {
+        std::copy(weights + at, weights + at + row.block_weights, means.begin());
+        for (size_t half = means.size() / 2; half > 0; half /= 2) {
+            for (size_t i = 0; i < half; i++) {
+                means[i] = std::sqrt(means[2 * i] * means[2 * i + 1]);
+            }
+        }
+        for (int64_t i = at; i < at + row.block_weights; i++) {
+            const double root = std::sqrt(means[0] / static_cast<double>(weights[i]));
+            out[i] = static_cast<float>(1 + std::min(raised * (root * std::sqrt(root)), kLargestGain));
+        }
     }
 }
 
@@ -109,14 +126,16 @@ size_t ggml_ccq_quantize(ggml_type type, const float * src, void * dst, int64_t 
     const TypeRow & row = row_of(type);
     const bool trellis = is_trellis(row.id);
     const size_t row_bytes = static_cast<size_t>(n_per_row / row.block_weights * row.block_bytes);
-    const auto gain = static_cast<float>(trellis ? 1 + std::pow(4.0, -8.0 * row.block_bytes / row.block_weights) : 1.0);
-    std::vector<float> raised(static_cast<size_t>(n_per_row)), weights(raised.size()), importance;
+    std::vector<float> raised(static_cast<size_t>(n_per_row)), weights(raised.size()), gain(raised.size(), 1.0f), importance;
     if (imatrix) {
         importance.resize(raised.size());
         take_importance(imatrix, n_per_row, importance.data());
-        if (trellis) {
-            trellis_weights(importance.data(), n_per_row, weights.data());
+    }
+    if (trellis) {
+        if (imatrix) {
+            weights = importance;
         }
+        trellis_gain(imatrix ? weights.data() : nullptr, n_per_row, row, gain.data());
     }
     ccq_encode_params params{};
     params.n_threads = 1; // llama-quantize has threads of its own
@@ -126,7 +145,7 @@ size_t ggml_ccq_quantize(ggml_type type, const float * src, void * dst, int64_t 
         if (!trellis) {
             paper_weights(x, n_per_row, imatrix ? importance.data() : nullptr, weights.data());
         }
-        std::transform(x, x + n_per_row, raised.begin(), [gain](float w) { return w * gain; });
+        std::transform(x, x + n_per_row, gain.begin(), raised.begin(), std::multiplies<>());
         const ccq_status status = ccq_encode(row.id, raised.data(), 1, n_per_row, &params,
                                              static_cast<char *>(dst) + static_cast<size_t>(r) * row_bytes);
         if (status != CCQ_OK) {

@@ -43,6 +43,7 @@ from measurements import (
 
 import ccq_backend
 from ccq_converters import calibrate, evaluate, hf2gguf, imatrix, llama
+from ccq_converters.base_record import BaseLogits
 from ccq_converters.hessian import Hessians
 from ccq_converters.plan import QuantOptions, format_bytes, free_matrices
 from ccq_converters.quantize import sources_of
@@ -88,15 +89,15 @@ class Bench:
         return path
 
     @cached_property
-    def base(self) -> evaluate.BaseLogits | None:
-        """The base's logits, or ``None`` if they would fill more than half of what is free on the disk."""
+    def base(self) -> BaseLogits | None:
+        """The base's predictions, or ``None`` if they would fill more than half of what is free on the disk."""
         s = self.settings
         text = evaluate.read_text(s.text)
         with llama.LlamaModel(self.base_file, n_ctx=s.ctx, threads=1) as model:
             windows = min(len(model.tokenize(text)) // s.ctx, s.windows or 1 << 62)
-            needed = 4 * model.n_vocab * windows * (s.ctx - 1 - s.ctx // 2)
+            needed = 2 * model.n_vocab * windows * (s.ctx - 1 - s.ctx // 2)
         if needed > shutil.disk_usage(s.out).free // 2:
-            click.echo(f"The base runs beside every file: its logits would take {format_bytes(needed)} of {s.out}")
+            click.echo(f"The base runs beside every file: a record would take {format_bytes(needed)} of {s.out}")
             return None
         click.echo(f"Running the base model: {windows} windows of {s.ctx} tokens")
         return evaluate.record_base(self.base_file, text, s.out, n_ctx=s.ctx, threads=s.threads, max_windows=s.windows)

@@ -124,7 +124,7 @@ def random_blocks(layout: Layout, rows: int, columns: int, std: float, rng: np.r
         # Five neighbours, each about a tenth larger than the one before, so that not all blocks have the same.
         scale[:] = rng.integers(byte - 2, byte + 3, len(blocks))
         return blocks.reshape(rows, -1)
-    if layout.code.affine_state:  # a state that runs through all of its bits
+    if layout.has("code_scale"):  # a state that runs through all of its bits
         at = layout.offset("code_scale")
         blocks[:, at : at + 8] = np.array([113.7, 21.3], "<f4").view(np.uint8)
     at = layout.offset("super_scale")
