@@ -69,6 +69,8 @@ _SCALARS: dict[GGUFValueType, str] = {
     GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT64: "<d",
 }
+_FOREIGN_IDS = {142: "PQ2_0 of PrismML's llama.cpp", 143: "PTQ1_0 of PrismML's llama.cpp"}
+"""Types of others that are published, and that neither llama.cpp nor this package knows."""
 _BY_ID: dict[int, Layout] = {layout.gguf_id: layout for layout in LAYOUTS}
 
 
@@ -339,14 +341,14 @@ def _read_tensor(cursor: _Cursor, index: int) -> TensorHeader:
     if not 1 <= n_dims <= MAX_DIMS:
         raise ShapeError(f"has {n_dims} dimensions; 1 to {MAX_DIMS} are possible", file=path, tensor=name)
     dims = struct.unpack(f"<{n_dims}Q", cursor.take(8 * n_dims, f"the shape of tensor '{name}'"))
-    if 0 in dims:
-        raise ShapeError(f"has an empty dimension: {dims}", file=path, tensor=name)
     weights = prod(dims)
     if weights > _MAX_INT:
         raise ShapeError(f"has {weights} elements, more than 64 bits can count: {dims}", file=path, tensor=name)
     kind = _tensor_type(cursor.unpack("<I", f"the type of tensor '{name}'"), path, name)
     block, block_bytes = GGML_QUANT_SIZES[kind]
     type_name = kind.name.lower()
+    if weights == 0 and kind in _BY_ID:
+        raise ShapeError(f"has an empty dimension: {dims}", file=path, tensor=name)
     if dims[0] % block:
         raise ShapeError(
             f"row length {dims[0]} is no multiple of {block}, the block of {type_name}", file=path, tensor=name
@@ -361,7 +363,8 @@ def _tensor_type(raw: int, path: str, tensor: str) -> GGMLQuantizationType:
     try:
         return GGMLQuantizationType(raw)
     except ValueError:
-        raise TensorTypeError(f"unknown type id {raw}", file=path, tensor=tensor) from None
+        name = f" ({_FOREIGN_IDS[raw]})" if raw in _FOREIGN_IDS else ""
+        raise TensorTypeError(f"unknown type id {raw}{name}", file=path, tensor=tensor) from None
 
 
 def _blocks(weights: int, nbytes: int) -> Callable[[int], int]:
@@ -376,8 +379,12 @@ _OTHER_TYPES: dict[int, tuple[tuple[str, Callable[[int], int]], ...]] = {
     36: (("BitNet's I2_S", lambda n: n // 4 + 32), ("IQ4_NL_4_4", _blocks(32, 18))),
     37: (("BitNet's I8_S", lambda n: n), ("IQ4_NL_4_8", _blocks(32, 18))),
     38: (("BitNet's TL1", lambda n: n // 4 + 32), ("IQ4_NL_8_8", _blocks(32, 18))),
+    # Published under these ids before ggml gave them another meaning.
+    40: (("PrismML's Q1_0 with 32 weights per block", _blocks(32, 6)),),
+    42: (("PrismML's Q2_0 with 128 weights per block", _blocks(128, 34)),),
 }
-"""What else the ids of the CCQ types mean or meant (spec section 4.3): names, and bytes of n weights."""
+"""What else the ids of the CCQ types (spec section 4.3) and of two of ggml's mean or meant: names, and bytes of n
+weights."""
 
 
 def _place_tensors(cursor: _Cursor, entries: list[TensorHeader], alignment: int) -> list[TensorHeader]:
@@ -429,18 +436,17 @@ def _place_tensors(cursor: _Cursor, entries: list[TensorHeader], alignment: int)
 
 def _refuse_other_type(entry: TensorHeader, room: int, alignment: int, path: str) -> None:
     """Raise ``TensorTypeError`` if ``entry``, which has ``room`` bytes in the file, takes as many bytes as another type
-    of its id would (spec section 4.3), and not those of the CCQ type."""
-    if entry.layout is None:
-        return
+    of its id would (spec section 4.3), and not those of its type."""
+    gguf_id = GGMLQuantizationType[entry.type_name.upper()]
 
     def fits(nbytes: int) -> bool:
         return room in (nbytes, -(-nbytes // alignment) * alignment)
 
-    for name, size in _OTHER_TYPES[entry.layout.gguf_id]:
+    for name, size in _OTHER_TYPES.get(gguf_id, ()):
         if fits(size(prod(entry.shape))) and not fits(entry.nbytes):
             raise TensorTypeError(
                 f"takes {room} bytes in the file, as {name} would, and not {entry.nbytes} as {entry.type_name}: "
-                f"in this file type id {entry.layout.gguf_id} is {name}",
+                f"in this file type id {gguf_id} is {name}",
                 file=path,
                 tensor=entry.name,
             )

@@ -1,10 +1,11 @@
 """The unfinished output of a job that can be resumed: which of its bytes are kept, and for whom.
 
 Beside the target ``NAME`` lie two files.  ``.NAME.partial`` holds the bytes written so far.  ``.NAME.partial.journal``
-is JSON, a line each: first what the job is (``{"ccq_partial": 1, "job": {...}}``), then every tensor that is complete,
-in file order (``{"tensor": name, "crc32": of its bytes and padding}``).  A tensor's line is written after its bytes
-have been synced to disk, so what the journal names is there after a loss of power, too; the checksums are compared
-nevertheless before anything is built on them.  Whoever writes holds a lock on the first file.
+is JSON, a line each: first what the job is (``{"ccq_partial": 2, "job": {...}}``), then every tensor that is complete,
+in file order (``{"tensor": name, "crc32": of its bytes and padding}``), and of long ones the parts that are
+(``{"tensor": name, "bytes": from its start on, "crc32": of these}``).  A line is written after its bytes have been
+synced to disk, so what the journal names is there after a loss of power, too; the checksums are compared nevertheless
+before anything is built on them.  Whoever writes holds a lock on the first file.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import os
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import CcqWarning, OutputError
 
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 1 << 22
 _MAX_NAMED = 3
 """How many differences between two jobs a message names."""
@@ -37,13 +39,15 @@ def partial_path(target: str | os.PathLike[str]) -> Path:
 
 class Partial:
     """The two files of one target.  :meth:`open` first; then :meth:`write` and :meth:`complete` for every tensor that
-    is not among the first :attr:`done`; then :meth:`sync`, renaming :attr:`path`, and :meth:`finish`.  :meth:`release`
-    instead of the last three keeps the files if they hold a complete tensor."""
+    is not among the first :attr:`done`, the first of them from byte :attr:`written` on, with :meth:`checkpoint` in
+    between where that is worth it; then :meth:`sync`, renaming :attr:`path`, and :meth:`finish`.  :meth:`release`
+    instead of the last three keeps the files if the journal names anything."""
 
     def __init__(self, target: Path, job: Mapping[str, str]) -> None:
         """``job`` maps what the target depends on to its value, both in words for people."""
         self.path = partial_path(target)
         self.done = 0
+        self.written = 0
         self._job = dict(job)
         self._journal_path = self.path.with_name(self.path.name + ".journal")
         self._file: BinaryIO | None = None
@@ -73,24 +77,23 @@ class Partial:
                     "file to start again",
                     file=self.path,
                 )
-            ends = _verify(file, header, tensors, records)
-            if len(ends) - 1 < len(records):
+            found = _verify(file, header, tensors, records)
+            if found.records < len(records):
                 warnings.warn(
-                    f"{self.path}: damaged; {len(records) - len(ends) + 1} of its {len(records)} tensors are encoded "
-                    "again",
+                    f"{self.path}: damaged; what follows its first {found.done} tensors is encoded again",
                     CcqWarning,
                     stacklevel=2,
                 )
             # From here on the files are ours to change.
-            self._file, self.done = file, len(ends) - 1
+            self._file, self.done, self.written, self._crc = file, found.done, found.written, found.crc
         finally:
             if self._file is None:
                 file.close()
-        if self.done:
+        if found.records:
             self._journal = open(self._journal_path, "r+b")  # noqa: SIM115 - closed by _close()
-            self._journal.truncate(records[self.done - 1][2])
+            self._journal.truncate(records[found.records - 1].end)
             self._journal.seek(0, os.SEEK_END)
-            file.seek(ends[-1])
+            file.seek(found.end)
             file.truncate()
         else:
             file.truncate(0)
@@ -115,8 +118,14 @@ class Partial:
         """The tensor ``name`` and its padding have been written."""
         self.sync()
         self._note({"tensor": name, "crc32": self._crc})
-        self._crc = 0
+        self._crc = self.written = 0
         self.done += 1
+
+    def checkpoint(self, name: str, written: int) -> None:
+        """The first ``written`` bytes of the tensor ``name`` have been written."""
+        self.sync()
+        self._note({"tensor": name, "bytes": written, "crc32": self._crc})
+        self.written = written
 
     def sync(self) -> None:
         """Wait until everything written is on disk."""
@@ -131,8 +140,8 @@ class Partial:
         self._close()
 
     def release(self) -> None:
-        """Give up the lock, keeping the files if a tensor is complete.  Does nothing before :meth:`open`."""
-        if self._file is not None and not self.done:
+        """Give up the lock, keeping the files if the journal names anything.  Does nothing before :meth:`open`."""
+        if self._file is not None and not (self.done or self.written):
             for path in (self.path, self._journal_path):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
@@ -173,12 +182,31 @@ class Partial:
         os.fsync(self._journal.fileno())
 
 
-_Record = tuple[str, int, int]
-"""A tensor's name, its checksum, and where its line ends in the journal."""
+@dataclass(frozen=True)
+class _Record:
+    """A line of the journal: a tensor's name, how many of its bytes (``None``: all, with padding), their checksum, and
+    where the line ends."""
+
+    tensor: str
+    nbytes: int | None
+    crc: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    """How many of the journal's records are true, how many tensors are complete, how many bytes of the next are there
+    and their checksum, and where in the file that ends."""
+
+    records: int
+    done: int
+    written: int
+    crc: int
+    end: int
 
 
 def _read_journal(path: Path) -> tuple[dict[str, str] | None, list[_Record]]:
-    """The job (``None``: no journal) and the tensors, up to the first line that is damaged or torn."""
+    """The job (``None``: no journal) and the records, up to the first line that is damaged or torn."""
     records: list[_Record] = []
     try:
         lines = path.read_bytes().splitlines(keepends=True)
@@ -193,7 +221,8 @@ def _read_journal(path: Path) -> tuple[dict[str, str] | None, list[_Record]]:
         at += len(line)
         try:
             entry = json.loads(line)
-            record = (str(entry["tensor"]), int(entry["crc32"]), at)
+            nbytes = int(entry["bytes"]) if "bytes" in entry else None
+            record = _Record(str(entry["tensor"]), nbytes, int(entry["crc32"]), at)
         except (ValueError, LookupError, TypeError):
             break
         if not line.endswith(b"\n"):
@@ -202,21 +231,29 @@ def _read_journal(path: Path) -> tuple[dict[str, str] | None, list[_Record]]:
     return job, records
 
 
-def _verify(file: BinaryIO, header: bytes, tensors: Sequence[tuple[str, int]], records: Sequence[_Record]) -> list[int]:
-    """Where the header ends and where each tensor does that is there as the journal says."""
+def _verify(file: BinaryIO, header: bytes, tensors: Sequence[tuple[str, int]], records: Sequence[_Record]) -> _Found:
+    """What is there as the journal says."""
     file.seek(0)
-    ends = [len(header)]
+    found = _Found(0, 0, 0, 0, len(header))
     if file.read(len(header)) != header:
-        return ends
-    for (name, size), (recorded, crc, _) in zip(tensors, records, strict=False):
-        found, left = 0, size
-        while left and (data := file.read(min(left, _CHUNK))):
-            found = zlib.crc32(data, found)
-            left -= len(data)
-        if left or name != recorded or found != crc:
+        return found
+    for record in records:
+        if found.done == len(tensors):
             break
-        ends.append(ends[-1] + size)
-    return ends
+        name, size = tensors[found.done]
+        target = size if record.nbytes is None else record.nbytes
+        crc, left = found.crc, target - found.written
+        while left > 0 and (data := file.read(min(left, _CHUNK))):
+            crc = zlib.crc32(data, crc)
+            left -= len(data)
+        if left or target > size or record.tensor != name or record.crc != crc:
+            break
+        end = found.end + target - found.written
+        if record.nbytes is None:
+            found = _Found(found.records + 1, found.done + 1, 0, 0, end)
+        else:
+            found = _Found(found.records + 1, found.done, target, crc, end)
+    return found
 
 
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import gguf
@@ -37,6 +38,10 @@ _NATIVE = {
 }
 
 
+_CHECKPOINT = 1 << 25
+"""Bytes of one tensor after which a job notes that it has come so far: a few minutes of one core's encoding, of a stack
+of experts that takes hours."""
+
 _DIGESTED = ("the metadata", "the list of tensors and types")
 """The parts of the header that must not have changed between two runs of a job."""
 
@@ -57,10 +62,10 @@ class ModelWriter(Target):
     """Writes one GGUF file, holding no more than the chunk being written.
 
     Order of calls: metadata (through :attr:`gguf` and :meth:`copy_metadata`) and :meth:`add_tensor` for every tensor,
-    then :meth:`begin`, then :meth:`write` for every tensor in the order of their declaration.  Leaving the ``with``
-    block completes the file: data is synced to disk and the temporary file ``.NAME.xxxx.tmp`` in the target's folder
-    is renamed to the target.  Leaving it by any exception (``KeyboardInterrupt`` included) removes the temporary file
-    and leaves the target as it was::
+    then :meth:`begin`, then :meth:`write` for every tensor (empty ones, too) in the order of their declaration.
+    Leaving the ``with`` block completes the file: data is synced to disk and the temporary file ``.NAME.xxxx.tmp`` in
+    the target's folder is renamed to the target.  Leaving it by any exception (``KeyboardInterrupt`` included) removes
+    the temporary file and leaves the target as it was::
 
         with ModelWriter("out.gguf", "llama") as out:
             out.gguf.add_block_count(2)
@@ -70,7 +75,8 @@ class ModelWriter(Target):
                 out.write("blk.0.ffn_up.weight", rows)
 
     With a ``job`` an interrupted writer keeps what is complete, beside the target, and the next one with the same job,
-    metadata and tensors goes on there: after :meth:`begin` the first :attr:`completed` tensors are to be left out.
+    metadata and tensors goes on there: after :meth:`begin` the first :attr:`completed` tensors are to be left out, and
+    the first :attr:`written` bytes, whole chunks, of the next.
 
     A file with a CCQ tensor gets ``ccq.spec_version`` and ``ccq.encoder``; ``ccq.features`` is left out because no
     feature is in use.
@@ -108,11 +114,28 @@ class ModelWriter(Target):
         self._current = 0
         self._written = 0
         self._state = "declaring"
+        self.signed = False
+        """Whether the ``ccq.*`` keys are written: as soon as a CCQ tensor is declared."""
 
     @property
     def completed(self) -> int:
         """How many tensors, the first ones, are in the file."""
         return self._current
+
+    @property
+    def written(self) -> int:
+        """How many bytes of the tensor behind those are in the file."""
+        return self._written
+
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes of a tensor that is not complete an interrupted writer has left for the next one."""
+        return self._partial.written if self._partial is not None and self._state == "aborted" else 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all tensors are in the file."""
+        return self._current == len(self._order)
 
     @property
     def kept(self) -> int:
@@ -122,11 +145,11 @@ class ModelWriter(Target):
     # --- declaring --------------------------------------------------------------------------------------------------
 
     def copy_metadata(self, model: Model) -> None:
-        """Take over all keys of ``model`` with their exact value types and order, except the ``ccq.*`` keys, which say
-        how *that* file was written.  A key that was set before is replaced.  The alignment is taken over as well."""
+        """Take over all keys of ``model`` with their exact value types and order, but not ``ccq.*`` and ``split.*``:
+        these say how *that* file was written.  A key that was set before is replaced.  The alignment is taken over."""
         target = self.gguf.kv_data[0]
         for key, kv in model.fields.items():
-            if key.startswith("ccq."):
+            if key.startswith(("ccq.", "split.")):
                 continue
             target.pop(key, None)
             self.gguf.add_key_value(key, kv.value, kv.type, kv.sub_type)
@@ -138,7 +161,8 @@ class ModelWriter(Target):
 
         Raises:
             PlanError: unknown type name.
-            ShapeError: the row length is no multiple of the type's block, or the shape is empty or too long.
+            ShapeError: the row length is no multiple of the type's block, or the shape is too long, or that of a
+                CCQ tensor without weights.
             ValueError: the name is used twice or longer than 63 bytes, or :meth:`begin` was called already.
         """
         if self._state != "declaring":
@@ -151,7 +175,7 @@ class ModelWriter(Target):
             raise PlanError(f"unknown tensor type '{type_name}'", file=self.path, tensor=name) from None
         shape = tuple(int(n) for n in shape)
         block, block_bytes = GGML_QUANT_SIZES[kind]
-        if not 1 <= len(shape) <= 4 or min(shape) < 1:
+        if not 1 <= len(shape) <= 4 or min(shape) < (1 if kind in _OURS else 0):
             raise ShapeError(f"shape {shape} must have 1 to 4 positive dimensions", file=self.path, tensor=name)
         if shape[-1] % block:
             raise ShapeError(
@@ -163,6 +187,7 @@ class ModelWriter(Target):
         self.gguf.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
         self._sizes[name] = (kind, nbytes)
         self._order.append(name)
+        self.signed |= kind in _OURS
         return nbytes
 
     # --- writing ----------------------------------------------------------------------------------------------------
@@ -176,7 +201,7 @@ class ModelWriter(Target):
         """
         if self._state != "declaring":
             raise ValueError("begin() was called already")
-        if any(kind in _OURS for kind, _ in self._sizes.values()):
+        if self.signed:
             self.gguf.add_string(SPEC_VERSION_KEY, "{}.{}".format(*SPEC_VERSION))
             self.gguf.add_string(ENCODER_KEY, self.encoder)
         self._state = "writing"
@@ -191,7 +216,7 @@ class ModelWriter(Target):
                 self._partial = Partial(self.path, job)
                 sizes = [(name, size + len(self._padding(size))) for name, (_, size) in self._sizes.items()]
                 self._partial.open(header, sizes)
-                self._current = self._partial.done
+                self._current, self._written = self._partial.done, self._partial.written
             else:
                 self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by close() and abort()
                 self._file.write(header)
@@ -222,6 +247,8 @@ class ModelWriter(Target):
         try:
             self._put(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
             self._written += data.nbytes
+            if self._partial is not None and self._partial.written + _CHECKPOINT <= self._written < nbytes:
+                self._partial.checkpoint(name, self._written)
             if self._written == nbytes:
                 self._put(self._padding(nbytes))
                 if self._partial is not None:
@@ -241,29 +268,51 @@ class ModelWriter(Target):
         if self._state in ("closed", "aborted"):
             return
         try:
-            if self._state == "declaring":
-                self.begin()
-            if self._current < len(self._order):
-                raise ValueError(f"tensor '{self._order[self._current]}' is incomplete")
-            self._check_target()
-            try:
-                if self._partial is not None:
-                    self._partial.sync()
-                    os.replace(self._partial.path, self.path)
-                    self._partial.finish()
-                elif self._file is not None:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-                    self._file.close()
-                    os.replace(self._temporary, self.path)
-            except OSError as error:
-                raise self._output_error(error) from error
-            self._state = "closed"
+            self.complete()
+            self.publish()
+            self.settle()
         finally:
             self.abort()
 
+    def complete(self) -> None:
+        """The first third of :meth:`close`: check that nothing is missing, and sync it."""
+        if self._state == "declaring":
+            self.begin()
+        if not self.is_complete:
+            raise ValueError(f"tensor '{self._order[self._current]}' is incomplete")
+        self._check_target()
+        try:
+            if self._partial is not None:
+                self._partial.sync()
+            elif self._file is not None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._output_error(error) from error
+
+    def publish(self) -> None:
+        """The second third of :meth:`close`: rename the file to the target."""
+        try:
+            os.replace(self._hidden, self.path)
+        except OSError as error:
+            raise self._output_error(error) from error
+
+    def unpublish(self) -> None:
+        """Take :meth:`publish` back, if it has happened."""
+        if not self._hidden.exists():
+            with contextlib.suppress(OSError):
+                os.replace(self.path, self._hidden)
+
+    def settle(self) -> None:
+        """The last third of :meth:`close`: nothing but the target is left."""
+        self._state = "closed"
+        if self._partial is not None:
+            self._partial.finish()
+        if self._file is not None:
+            self._file.close()
+
     def abort(self) -> None:
-        """Give up: remove the temporary file, or with a job leave it to the next writer if a tensor is complete.  Does
+        """Give up: remove the temporary file, or with a job leave it to the next writer if something is complete.  Does
         nothing after a successful :meth:`close`."""
         if self._state in ("closed", "aborted"):
             return
@@ -279,6 +328,10 @@ class ModelWriter(Target):
     def __enter__(self) -> ModelWriter:
         return self
 
+    def metadata_bytes(self) -> int:
+        """Bytes that counts and metadata take, as far as they are declared."""
+        return len(self._header()[0])
+
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _header(self) -> tuple[bytes, bytes]:
@@ -292,6 +345,11 @@ class ModelWriter(Target):
         self.gguf.write_ti_data_to_file()
         self.gguf.fout = None
         return buffer.getvalue()[:at], buffer.getvalue()[at:]
+
+    @property
+    def _hidden(self) -> Path:
+        """Where the file is before it has its name."""
+        return self._partial.path if self._partial is not None else self._temporary
 
     def _padding(self, size: int) -> bytes:
         """What follows ``size`` bytes up to the next multiple of the alignment."""

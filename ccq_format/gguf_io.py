@@ -2,7 +2,8 @@
 
 Reading: :func:`open_model` checks the whole header first (``_header``: bounded reads, no allocation that a header field
 can inflate) and then maps the tensor data.  Writing: :class:`ModelWriter` streams tensors through
-``gguf.GGUFWriter`` into a temporary file beside the target and renames it when everything is there.
+``gguf.GGUFWriter`` into a temporary file beside the target and renames it when everything is there;
+:class:`SplitWriter` does so with several files.
 
 Shapes are in numpy order everywhere: the last dimension is the row, whose length must be a multiple of the type's
 block.  Type names are lower-case: ours (``ccq_t2`` ...) and gguf's (``f32``, ``bf16``, ``q8_0``, ``q2_k`` ...).
@@ -23,6 +24,7 @@ from gguf.constants import GGMLQuantizationType
 
 from . import codec
 from ._header import ENCODER_KEY, FEATURES_KEY, SPEC_VERSION_KEY, Header, KeyValue, validate_header
+from ._split import SplitWriter, part_path, read_parts
 from ._writer import ModelWriter
 from .errors import CcqWarning, InputError, TensorTypeError, TruncatedError
 from .layouts import Layout
@@ -35,8 +37,10 @@ __all__ = [
     "KeyValue",
     "Model",
     "ModelWriter",
+    "SplitWriter",
     "TensorInfo",
     "open_model",
+    "part_path",
     "validate_header",
 ]
 
@@ -87,7 +91,7 @@ class _Mapping:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file.  ``shape`` is in numpy order, ``offset`` counts bytes from the start of the file."""
+    """One tensor of a file.  ``shape`` is in numpy order, ``offset`` counts bytes from the start of its file."""
 
     name: str
     type_name: str
@@ -96,6 +100,11 @@ class TensorInfo:
     nbytes: int
     offset: int
     _mapping: _Mapping = field(repr=False, compare=False)
+
+    @property
+    def file(self) -> str:
+        """The file that the tensor is in."""
+        return self._mapping.path
 
     @property
     def n_weights(self) -> int:
@@ -110,17 +119,17 @@ class TensorInfo:
     @property
     def n_rows(self) -> int:
         """Number of rows, over all leading dimensions."""
-        return self.n_weights // self.columns
+        return prod(self.shape[:-1])
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return self.nbytes // self.n_rows
+        return self.nbytes // max(1, self.n_rows)
 
     @property
     def bpw(self) -> float:
-        """Bits per weight."""
-        return 8 * self.nbytes / self.n_weights
+        """Bits per weight; 0 of a tensor without any."""
+        return 8 * self.nbytes / max(1, self.n_weights)
 
     @property
     def ggml_type(self) -> GGMLQuantizationType:
@@ -166,7 +175,7 @@ class TensorInfo:
         kind = self.ggml_type
         if kind not in _FLOATS and kind not in quants._type_traits:
             raise TensorTypeError(f"no decoder for type {self.type_name}", file=self._mapping.path, tensor=self.name)
-        step = max(1, max_weights // self.columns)
+        step = max(1, max_weights // max(1, self.columns))
         for first in range(0, self.n_rows, step):
             yield first, self._decode(self.stored_rows(first, min(first + step, self.n_rows)))
 
@@ -202,7 +211,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Model:
-    """An opened file.
+    """An opened file, or several files of one split model: ``path`` is the first of ``files``.
 
     ``metadata`` maps keys to Python values (int, float, bool, str, or a list of one of them), ``fields`` has the
     GGUF value types with them.  ``spec_version`` and ``encoder`` are ``None`` where the file does not say.
@@ -215,6 +224,7 @@ class Model:
     spec_version: str | None
     encoder: str | None
     alignment: int
+    files: tuple[str, ...]
 
     @property
     def arch(self) -> str:
@@ -237,18 +247,24 @@ class Model:
 
 
 def open_model(path: str | os.PathLike[str]) -> Model:
-    """Open a GGUF file, checked as section 4 of the spec demands.
+    """Open a GGUF file, checked as section 4 of the spec demands; the first of several files of one model stands for
+    all of them.
 
     Warns with ``CcqWarning`` if the file has CCQ tensors but no ``ccq.spec_version``.
 
     Raises:
-        InputError: the file is missing or cannot be read.
+        InputError: a file is missing or cannot be read.
         FormatError: one of its subclasses, naming the file, the tensor and the reason.
     """
     header = validate_header(path)
     name = os.fspath(path)
-    mapping = _Mapping(name)
-    tensors = [TensorInfo(t.name, t.type_name, t.layout, t.shape, t.nbytes, t.offset, mapping) for t in header.tensors]
+    parts = read_parts(path, header)
+    tensors = []
+    for file, part in parts:
+        mapping = _Mapping(file)
+        tensors += [
+            TensorInfo(t.name, t.type_name, t.layout, t.shape, t.nbytes, t.offset, mapping) for t in part.tensors
+        ]
     model = Model(
         path=name,
         metadata={key: kv.value for key, kv in header.fields.items()},
@@ -257,6 +273,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
         spec_version=header.spec_version,
         encoder=header.encoder,
         alignment=header.alignment,
+        files=tuple(file for file, _ in parts),
     )
     if header.spec_version is None and any(t.layout is not None for t in tensors):
         warnings.warn(

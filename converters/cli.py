@@ -102,6 +102,15 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     return int(Decimal(number) * factor)
 
 
+_split_option = click.option(
+    "--split-max-size",
+    metavar="SIZE",
+    callback=_size,
+    help="Write several files of at most SIZE bytes (such as 50G), as llama-gguf-split names them: "
+    "OUTPUT-00001-of-0000N.gguf. llama.cpp loads them by the first.",
+)
+
+
 def _quant_options(command: _F) -> _F:
     """The options that hf2gguf and quantize share."""
     options = [
@@ -157,7 +166,8 @@ def _quant_options(command: _F) -> _F:
             help="How far the encoder of the T types searches: fast takes less than half the time for 3 % more error.",
         ),
         click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]"),
-        click.option("--dry-run", is_flag=True, help="Only print the plan."),
+        _split_option,
+        click.option("--dry-run", is_flag=True, help="Only print the plan, its size and the time to expect."),
         click.option("--no-fallback", is_flag=True, help="Fail where a row does not fit a type's block."),
         click.option("--overwrite", is_flag=True, help="Replace an existing file."),
         click.option(
@@ -181,6 +191,7 @@ def _options(
     hessian: Path | None,
     threads: int,
     effort: str,
+    split_max_size: int | None,
     **flags: bool,
 ) -> tuple[Path, QuantOptions]:
     if output is None and not flags["dry_run"]:
@@ -196,6 +207,7 @@ def _options(
         overrides=overrides,
         threads=threads,
         effort=effort,
+        split_max_size=split_max_size,
         fallback=not flags["no_fallback"],
         overwrite=flags["overwrite"],
         dry_run=flags["dry_run"],
@@ -204,9 +216,12 @@ def _options(
     return output or Path(), options
 
 
-def _report(plan: Plan, out: Path, dry_run: bool) -> None:
-    if dry_run:
+def _report(plan: Plan, out: Path, options: QuantOptions) -> None:
+    if options.dry_run:
+        from .cost import expectation
+
         click.echo(plan.table())
+        click.echo(expectation(plan, options))
     else:
         click.echo(f"{out}: {plan.summary()}")
 
@@ -226,18 +241,27 @@ def hf2gguf(model_dir: Path, **settings: Any) -> None:
     from . import hf2gguf as converter
 
     out, options = _options(**settings)
-    _report(converter.convert(model_dir, out, options), out, options.dry_run)
+    _report(converter.convert(model_dir, out, options), out, options)
 
 
 @main.command()
 @click.argument("in_file", metavar="IN.gguf", type=click.Path(path_type=Path))
 @_quant_options
-def quantize(in_file: Path, **settings: Any) -> None:
-    """Give the tensors of a GGUF file (f32, f16, bf16, q8_0; any architecture) other types."""
+@click.option(
+    "--allow-requantize",
+    is_flag=True,
+    help="Also take tensors that are quantized to a small type already, as Q4_K: what they have lost stays lost.",
+)
+def quantize(in_file: Path, allow_requantize: bool, **settings: Any) -> None:
+    """Give the tensors of a GGUF file (f32, f16, bf16, q8_0, mxfp4, nvfp4; any architecture) other types.
+
+    What is quantized already and no larger than the type that it would get keeps its bytes.
+    """
     from . import quantize as quantizer
 
     out, options = _options(**settings)
-    _report(quantizer.quantize(in_file, out, options), out, options.dry_run)
+    plan = quantizer.quantize(in_file, out, options, allow_requantize=allow_requantize)
+    _report(plan, out, options)
 
 
 @main.command()
@@ -308,13 +332,14 @@ def inspect(file: Path, as_json: bool) -> None:
 @click.option(
     "--type", "type_name", type=click.Choice(["f32", "f16"], case_sensitive=False), required=True, help="Target type."
 )
+@_split_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
-def dequantize(in_file: Path, output: Path, type_name: str, overwrite: bool) -> None:
+def dequantize(in_file: Path, output: Path, type_name: str, split_max_size: int | None, overwrite: bool) -> None:
     """Write the exact decoded weights as a plain GGUF file that any llama.cpp reads."""
     from . import dequantize as dequantizer
 
-    plan = dequantizer.dequantize(in_file, output, type_name, overwrite=overwrite)
-    _report(plan, output, False)
+    plan = dequantizer.dequantize(in_file, output, type_name, overwrite=overwrite, split_max_size=split_max_size)
+    click.echo(f"{output}: {plan.summary()}")
 
 
 @main.command("plugin-path")

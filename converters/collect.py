@@ -37,7 +37,8 @@ from .evaluate import read_text
 from .graph import Ggml, Node
 from .hessian import HessianWriter
 from .llama import LlamaModel, library, load_plugin_for
-from .plan import SMALL, VOCABULARY, cpu_count
+from .plan import cpu_count
+from .rules import is_vocabulary, never_quantized
 from .stream import progress_bar
 
 BATCH = 512
@@ -96,7 +97,7 @@ class _Input:
     @property
     def stored(self) -> list[str]:
         """The names that get a Hessian: not those of routers and the like, which are never quantized."""
-        return [name for name in self.names if not SMALL.search(name)]
+        return [name for name in self.names if not never_quantized(name)]
 
     def add(self, x: F32, matrix: NDArray[np.integer[Any]] | None, pool: ThreadPoolExecutor) -> None:
         """Add inputs float32 ``[rows, width]``, given to the matrices ``matrix`` ``[rows, n]`` (``None``: there is but
@@ -153,7 +154,7 @@ class _Watch:
         name = weight.name.decode("utf-8", "replace")
         match = _SCHEDULER_COPY.match(name)
         name = match[1] if match else name
-        if not name.endswith(".weight") or (VOCABULARY.search(name) and not self.process_output):
+        if not name.endswith(".weight") or (is_vocabulary(name) and not self.process_output):
             return None
         return name, weight
 

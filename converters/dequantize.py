@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from ccq_format.errors import OutputError, PlanError
+from ccq_format.errors import PlanError
 from ccq_format.gguf_io import open_model
 
 from .plan import COPIED_TYPES, Plan, PlannedTensor, QuantOptions, TensorSource, row_bytes
-from .quantize import refuse_parts, source_of
+from .quantize import refuse_same, source_of
 from .stream import write_planned
 
 
@@ -18,12 +18,14 @@ def dequantize(
     type_name: str,
     *,
     overwrite: bool = False,
+    split_max_size: int | None = None,
     progress: bool = True,
 ) -> Plan:
     """Decode every quantized tensor of ``in_path`` (CCQ and stock types) to ``type_name``, f32 or f16.
 
     f32 holds the decoded weights exactly; f16 rounds them to nearest.  1-D tensors and those that are f32 already stay
     as they are in f32, as llama.cpp wants its norms.  The ``ccq.*`` keys are dropped, all others copied.
+    ``split_max_size`` is that of ``QuantOptions``.
 
     Raises ``PlanError`` for another type, ``WeightsError`` if a decoded weight is not finite or too large for f16, and
     what ``open_model`` and ``ModelWriter`` raise.
@@ -32,12 +34,10 @@ def dequantize(
     if target not in ("f32", "f16"):
         raise PlanError(f"cannot dequantize to '{type_name}': choose f32 or f16")
     model = open_model(in_path)
-    if os.path.exists(out_path) and os.path.samefile(in_path, out_path):
-        raise OutputError("input and output are the same file", file=out_path)
-    refuse_parts(model)
+    refuse_same(model, out_path)
     tensors = [_planned(source_of(info), target) for info in model.tensors]
     plan = Plan(tensors, 0, 0, "")
-    options = QuantOptions(target, overwrite=overwrite)
+    options = QuantOptions(target, overwrite=overwrite, split_max_size=split_max_size)
     write_planned(out_path, plan, arch=model.arch, options=options, progress=progress, copy_from=model)
     return plan
 

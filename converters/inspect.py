@@ -25,6 +25,7 @@ def as_json(model: Model) -> dict[str, Any]:
     """The report for programs; shapes are in numpy order (row length last), sizes in bytes."""
     return {
         "file": model.path,
+        "files": list(model.files),
         "architecture": model.arch,
         "spec_version": model.spec_version,
         "encoder": model.encoder,
@@ -41,6 +42,7 @@ def as_text(model: Model) -> str:
     lines = [
         f"{model.path}: {model.arch or 'no architecture'}, CCQ spec {model.spec_version or '-'}"
         + (f", written by {model.encoder}" if model.encoder else "")
+        + (f", {len(model.files)} files" if len(model.files) > 1 else "")
     ]
     rows = [(t.name, t.type_name, " x ".join(map(str, t.shape)), f"{t.bpw:.4g}") for t in model.tensors]
     rows.insert(0, ("tensor", "type", "shape", "bpw"))

@@ -31,7 +31,7 @@ class Mixture:
 MIXTURES = {
     mixture.name: mixture
     for mixture in (
-        Mixture("ccq_t1_5_m", "ccq_t1_5", "ccq_t2", "ccq_t3"),
+        Mixture("ccq_t1_5_m", "ccq_t1_5", "ccq_t2_5", "ccq_t3"),
         Mixture("ccq_t2_m", "ccq_t2", "ccq_t2_5", "ccq_t3"),
         Mixture("ccq_t2_5_m", "ccq_t2_5", "ccq_t3", "q4_0"),
         Mixture("ccq_t3_m", "ccq_t3", "ccq_t3", "q5_0"),

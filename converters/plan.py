@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol
 
+import gguf
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +22,7 @@ from ccq_format.errors import PlanError
 from .hessian import Hessians
 from .imatrix import Importance
 from .mixtures import MIXTURES, MixtureScheme
+from .rules import MTP_BLOCK, NOT_A_PRODUCT, UNMEASURED, Fate, in_layers, mtp_layers, rule_of
 
 PLAIN_TYPES: dict[str, tuple[int, int]] = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34)}
 """The stock types that are sources and targets: weights per block, bytes per block."""
@@ -34,17 +36,6 @@ FLOAT_TYPES = ("f32", "f16", "bf16")
 
 COPIED_TYPES = {"i8": 1, "i16": 2, "i32": 4, "i64": 8, "f64": 8}
 """Types that are no weights (token tables and the like): copied as they are; bytes per element."""
-
-VOCABULARY = re.compile(r"^(token_embd|output|per_layer_token_embd)\.weight$")
-
-SMALL = re.compile(
-    r"_norm\.weight$|ffn_gate_inp|ffn_gate_tid2eid|altup|laurel|per_layer_model_proj|^position_embd|^token_types"
-    r"|ssm_conv1d|shortconv\.conv|indexer\.[kq]_proj|time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)"
-    r"|attn_rel_b|\.position_embd|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_embd|\.patch_merger|rvq\.codebook"
-    r"|mm\.a\.code_embd"
-)
-"""Tensors of two or more dimensions that llama.cpp itself never quantizes (``tensor_allows_quantization`` in
-``src/llama-quant.cpp``): norms, routers, and small weights that other operations than a matrix product read."""
 
 EXPERTS = re.compile(r"_(ch)?exps\.weight$")
 
@@ -99,7 +90,8 @@ class QuantOptions:
     ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
     errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
     one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``resume`` keeps what an
-    interrupted conversion has encoded, and goes on there.  ``resume.job_of`` must know which fields change no byte.
+    interrupted conversion has encoded, and goes on there; no file of the output is larger than ``split_max_size`` bytes
+    (see ``ccq_format.gguf_io.SplitWriter``).  ``resume.job_of`` must know which fields change no byte.
     """
 
     type: str | None = None
@@ -114,6 +106,7 @@ class QuantOptions:
     hessian: Hessians | None = None
     target_bpw: float | None = None
     target_size: int | None = None
+    split_max_size: int | None = None
 
     def __post_init__(self) -> None:
         if sum(wish is not None for wish in (self.type, self.target_bpw, self.target_size)) != 1:
@@ -166,6 +159,8 @@ class Plan:
     fallback_bytes: int
     fallback_block: str
     loss_unit: str | None = None
+    unknown: tuple[str, ...] = ()
+    """Matrices that no rule of ``rules`` names."""
 
     @property
     def nbytes(self) -> int:
@@ -182,10 +177,18 @@ class Plan:
         """Bits per weight of the file: all tensor bytes over all weights, as llama.cpp prints it on loading."""
         return 8 * self.nbytes / max(1, self.n_weights)
 
-    def warning(self) -> str | None:
-        """One line that counts tensors and bytes that fell back to another type, or ``None``."""
-        if not self.fallback_count:
-            return None
+    def warnings(self) -> list[str]:
+        """A line each: how many tensors and bytes fell back to another type, and which matrices no rule names."""
+        lines = [self._fallback()] if self.fallback_count else []
+        if self.unknown:
+            more = "" if len(self.unknown) == 1 else f" and {len(self.unknown) - 1} more"
+            lines.append(
+                f"no rule names {self.unknown[0]}{more}: treated like attention and feed-forward matrices; "
+                "--tensor-type gives another type"
+            )
+        return lines
+
+    def _fallback(self) -> str:
         plural = "tensor" if self.fallback_count == 1 else "tensors"
         return (
             f"{self.fallback_count} {plural} ({format_bytes(self.fallback_bytes)}) fell back to another type because "
@@ -258,23 +261,31 @@ def parse_type(text: str) -> str:
 
 def is_ccq(type_name: str) -> bool:
     """Whether a canonical type name is a CCQ type."""
-    return type_name not in STOCK_TYPES and type_name not in COPIED_TYPES
+    return any(layout.name == type_name for layout in layouts.LAYOUTS)
 
 
 def block(type_name: str) -> tuple[int, int]:
-    """Weights and bytes of one block of a canonical type name."""
-    if type_name in STOCK_TYPES:
-        return STOCK_TYPES[type_name]
-    if type_name in COPIED_TYPES:
-        return 1, COPIED_TYPES[type_name]
-    layout = layouts.by_name(type_name)
-    return layout.block_weights, layout.block_bytes
+    """Weights and bytes of one block of a canonical type name, or of another type of gguf's.  Raises ``KeyError``."""
+    weights, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
+    return weights, nbytes
+
+
+def is_quantized(type_name: str) -> bool:
+    """Whether a type name is gguf's or ours and has blocks of several weights."""
+    kind = gguf.GGMLQuantizationType.__members__.get(type_name.upper())
+    return kind is not None and gguf.GGML_QUANT_SIZES[kind][0] > 1
 
 
 def row_bytes(type_name: str, row_len: int) -> int:
     """Bytes of a row of ``row_len`` weights, which must be whole blocks."""
     weights, nbytes = block(type_name)
     return row_len // weights * nbytes
+
+
+def bits(type_name: str) -> float:
+    """Bits per weight of a canonical type name."""
+    weights, nbytes = block(type_name)
+    return 8 * nbytes / weights
 
 
 def cpu_count() -> int:
@@ -303,12 +314,13 @@ def make_plan(
 ) -> Plan:
     """Choose a type for every tensor.
 
-    1-D tensors, norms, routers and what no matrix product reads stay f32 or f16; for token embedding and output, and
-    for every other matrix (2-D, or a 3-D stack of experts, its name ending in ``.weight``) ``scheme`` chooses, by
-    default that of ``options.type``; a float type in ``options.type`` takes them all.
-    ``options.overrides`` win over these rules for tensors of two or more dimensions.  A row length that is no multiple
-    of the chosen type's block falls back to q8_0, then f16.  ``losses`` by tensor name, and their unit, are noted in
-    the plan.
+    1-D tensors are f32.  For the others (2-D, or 3-D stacks of experts) the table in ``rules`` says which have a type
+    of their own; for the rest ``scheme`` chooses, by default that of ``options.type``; a float type in ``options.type``
+    takes all that a matrix product reads.  Rows that are stored quantized in no more bits than that keep their bytes:
+    another type would only add to what they have lost.  ``options.overrides`` win over these rules for tensors of two
+    or more dimensions.  A row length that is no multiple of the chosen type's block falls back to the smallest stock
+    type above its size that fits (see :func:`fallback`).  ``losses`` by tensor name, and their unit, are noted in the
+    plan.
 
     Raises ``PlanError`` for an unknown type, a bad or unmatched pattern, or a fallback where none is allowed.
     """
@@ -316,12 +328,15 @@ def make_plan(
         if options.type is None:
             raise ValueError("types have to be allocated first")
         scheme = scheme_of(options.type, sources)
-    overrides = _overrides(sources, options)
+    chooser = _Chooser(sources, options)
     planned: list[PlannedTensor] = []
     fallen: list[PlannedTensor] = []
     blocks: set[int] = set()
     for source in sources:
-        target, reason = _choose(source, scheme, overrides)
+        target, reason = chooser.choose(source, scheme)
+        pinned = reason.startswith("--tensor-type")
+        if not pinned and _is_better(source, target):
+            target, reason = source.source_type, f"as it is stored: no larger than {target}"
         weights, _ = block(target)
         misfit = source.row_len % weights != 0
         if misfit:
@@ -332,14 +347,32 @@ def make_plan(
                 )
             blocks.add(weights)
             reason = f"row length {source.row_len} does not fit {target} ({weights})"
-            target = "q8_0" if source.row_len % STOCK_TYPES["q8_0"][0] == 0 else "f16"
+            target = fallback(target, source.row_len)
+            if not pinned and _is_better(source, target):
+                target = source.source_type
         loss = losses.get(source.name) if losses is not None else None
         tensor = PlannedTensor(source, target, source.rows * row_bytes(target, source.row_len), reason, loss)
         planned.append(tensor)
         if misfit:
             fallen.append(tensor)
     sizes = f" ({', '.join(map(str, sorted(blocks)))})" if blocks else ""
-    return Plan(planned, len(fallen), sum(t.nbytes for t in fallen), sizes, loss_unit)
+    return Plan(planned, len(fallen), sum(t.nbytes for t in fallen), sizes, loss_unit, tuple(chooser.unknown))
+
+
+def _is_better(source: TensorSource, target: str) -> bool:
+    """Whether the stored rows of a quantized source are no larger than in ``target``, which is quantized, too."""
+    stored = source.source_type
+    if source.raw_rows is None or not is_quantized(stored) or not is_quantized(target) or stored == target:
+        return False
+    return bits(stored) <= bits(target)
+
+
+def fallback(type_name: str, row_len: int) -> str:
+    """The smallest of q4_0, q5_0, q8_0 and f16 that has more bits per weight than ``type_name`` and fits the rows."""
+    for candidate in ("q4_0", "q5_0", "q8_0"):
+        if row_len % block(candidate)[0] == 0 and bits(candidate) > bits(type_name):
+            return candidate
+    return "f16"
 
 
 def scheme_of(name: str, sources: list[TensorSource]) -> Scheme:
@@ -353,8 +386,8 @@ def scheme_of(name: str, sources: list[TensorSource]) -> Scheme:
 
 def free_matrices(sources: list[TensorSource], options: QuantOptions) -> list[TensorSource]:
     """The matrices whose type is the scheme's choice.  Raises ``PlanError`` as :func:`make_plan` does for patterns."""
-    overrides = _overrides(sources, options)
-    return [source for source in sources if _choose(source, Pure("free"), overrides)[0] == "free"]
+    chooser = _Chooser(sources, options)
+    return [source for source in sources if chooser.choose(source, Pure("free"))[0] == "free"]
 
 
 def _overrides(sources: list[TensorSource], options: QuantOptions) -> list[tuple[re.Pattern[str], str]]:
@@ -372,25 +405,58 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise PlanError(f"--tensor-type '{pattern}' is no regular expression: {error}") from None
 
 
-def _choose(source: TensorSource, scheme: Scheme, overrides: list[tuple[re.Pattern[str], str]]) -> tuple[str, str]:
-    """Type and reason before any fallback."""
-    if source.source_type in COPIED_TYPES:
-        return source.source_type, "no weights: copied"
-    if len(source.shape) < 2:
-        return "f32", "1-D"
-    for pattern, target in overrides:
-        if pattern.search(source.name):
-            return target, f"--tensor-type {pattern.pattern}"
-    if source.name.endswith("_norm.weight") or "ffn_gate_inp" in source.name:
-        return "f32", "norm or router"
-    if SMALL.search(source.name) or not source.name.endswith(".weight") or len(source.shape) > 3:
-        # Operations other than a matrix product read these, and some (convolutions) insist on the type they have.
-        kept = source.source_type if source.source_type in ("f32", "f16") else "f32"
-        return kept, "not a matrix product"
-    if isinstance(scheme, Pure) and scheme.type in FLOAT_TYPES:
-        return scheme.type, "--type"
-    if VOCABULARY.search(source.name):
-        return scheme.vocabulary(source.name)
-    if len(source.shape) == 3 and not EXPERTS.search(source.name):
-        return "q8_0", "3-D, no expert stack"
-    return scheme.matrix(source.name)
+class _Chooser:
+    """The types of one model's tensors before any fallback; ``unknown`` collects what no rule names."""
+
+    def __init__(self, sources: list[TensorSource], options: QuantOptions) -> None:
+        self.options = options
+        self.overrides = _overrides(sources, options)
+        self.mtp = mtp_layers(source.name for source in sources)
+        self.unknown: list[str] = []
+
+    def choose(self, source: TensorSource, scheme: Scheme) -> tuple[str, str]:
+        """Type and reason."""
+        name = source.name
+        if source.source_type in COPIED_TYPES:
+            return source.source_type, "no weights: copied"
+        if source.n_weights == 0:
+            return source.source_type, "empty: copied"
+        if len(source.shape) < 2:
+            return "f32", "1-D"
+        for pattern, target in self.overrides:
+            if pattern.search(name):
+                return target, f"--tensor-type {pattern.pattern}"
+        rule = rule_of(name)
+        fate = rule.fate if rule is not None else Fate.FREE
+        reason = rule.reason if rule is not None else ""
+        if fate is Fate.F32:
+            return "f32", reason
+        if len(source.shape) > 3 and fate is not Fate.KEPT:
+            fate, reason = Fate.KEPT, NOT_A_PRODUCT.reason
+        if fate is Fate.KEPT:
+            stored = source.source_type
+            as_stored = stored in ("f32", "f16") or (is_quantized(stored) and source.raw_rows is not None)
+            return stored if as_stored else "f32", reason
+        if isinstance(scheme, Pure) and scheme.type in FLOAT_TYPES:
+            return scheme.type, "--type"
+        if fate is Fate.VOCABULARY:
+            return scheme.vocabulary(name)
+        if fate is Fate.Q8_0:
+            return "q8_0", reason
+        if len(source.shape) == 3 and not EXPERTS.search(name):
+            return "q8_0", "3-D, no expert stack"
+        target, why = scheme.matrix(name)
+        if rule is None and is_ccq(target):
+            self.unknown.append(name)
+        if in_layers(name, self.mtp):
+            fate, reason = MTP_BLOCK.fate, MTP_BLOCK.reason
+        if fate is Fate.MEASURED and not self._measured(name) and (target == "free" or bits(target) < bits(UNMEASURED)):
+            return UNMEASURED, f"no data of this {reason}"
+        return target, why
+
+    def _measured(self, name: str) -> bool:
+        """Whether importance or a Hessian says anything about this very tensor."""
+        imatrix, hessian = self.options.imatrix, self.options.hessian
+        return (imatrix is not None and name in imatrix and name not in imatrix.estimated) or (
+            hessian is not None and name in hessian
+        )

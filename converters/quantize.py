@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ccq_format.errors import ModelError, OutputError, TensorTypeError
+from ccq_format.errors import OutputError, TensorTypeError
 from ccq_format.gguf_io import Model, TensorInfo, open_model
 
 from .plan import COPIED_TYPES, PLAIN_TYPES, Plan, QuantOptions, TensorSource
@@ -21,21 +21,22 @@ def quantize(
     out_path: str | os.PathLike[str],
     options: QuantOptions,
     progress: bool = True,
+    *,
+    allow_requantize: bool = False,
 ) -> Plan:
     """Write the model of ``in_path`` to ``out_path`` with the types of ``make_plan``.
 
-    Any architecture; the source may hold f32, f16, bf16, q8_0 and integer tensors.  All metadata is copied with its
+    Any architecture; the source may hold the types of ``SOURCE_TYPES`` and integer tensors, and with
+    ``allow_requantize`` every type that can be decoded.  All metadata is copied with its
     exact value types, ``general.file_type`` included: llama.cpp has no number for a CCQ file and would call any other
     value "unknown, may not work", so its "file type" line keeps naming the source's type.
 
-    Raises ``TensorTypeError`` for a source of any other type, ``ModelError`` for one part of a split model, and what
-    ``open_model`` and ``write_model`` raise.
+    Raises ``TensorTypeError`` for a source of any other type, and what ``open_model`` and ``write_model`` raise.
     """
     model = open_model(in_path)
-    if not options.dry_run and os.path.exists(out_path) and os.path.samefile(in_path, out_path):
-        raise OutputError("input and output are the same file", file=out_path)
-    refuse_parts(model)
-    sources = sources_of(model)
+    if not options.dry_run:
+        refuse_same(model, out_path)
+    sources = sources_of(model, allow_requantize)
     return write_model(
         out_path,
         arch=model.arch,
@@ -43,31 +44,45 @@ def quantize(
         options=options,
         progress=progress,
         copy_from=model,
-        files=[Path(in_path)],
+        files=[Path(file) for file in model.files],
     )
 
 
-def refuse_parts(model: Model) -> None:
-    """Raise ``ModelError`` if the file is one part of a model that is split over several."""
-    parts = model.metadata.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        raise ModelError(f"is one of {parts} parts; merge them with llama-gguf-split --merge first", file=model.path)
+def refuse_same(model: Model, out_path: str | os.PathLike[str]) -> None:
+    """Raise ``OutputError`` if the output is a file of the model that is read."""
+    if os.path.exists(out_path) and any(os.path.samefile(file, out_path) for file in model.files):
+        raise OutputError("input and output are the same file", file=out_path)
 
 
-def sources_of(model: Model) -> list[TensorSource]:
-    """The tensors of an opened file.  Raises ``TensorTypeError`` if one has lost too much to be quantized again."""
+SOURCE_TYPES = (*PLAIN_TYPES, "mxfp4", "nvfp4")
+"""Types that have lost nothing that matters, or that models are published in."""
+
+
+def sources_of(model: Model, allow_requantize: bool = False) -> list[TensorSource]:
+    """The tensors of an opened file.
+
+    Raises ``TensorTypeError`` if one has lost too much to be quantized again, or with ``allow_requantize`` if it cannot
+    be decoded.
+    """
     for info in model.tensors:
-        if info.layout is not None:
-            raise TensorTypeError(
-                f"is {info.type_name} already; quantize the original model instead", file=model.path, tensor=info.name
-            )
-        if info.type_name not in PLAIN_TYPES and info.type_name not in COPIED_TYPES:
-            raise TensorTypeError(
-                f"type {info.type_name} cannot be quantized again; start from an f32, f16, bf16 or q8_0 file",
-                file=model.path,
-                tensor=info.name,
-            )
+        kind = info.type_name
+        if kind in SOURCE_TYPES or kind in COPIED_TYPES or (allow_requantize and is_decodable(info)):
+            continue
+        if allow_requantize:
+            reason = f"no decoder for type {kind}"
+        elif info.layout is not None:
+            reason = f"is {kind} already; quantize the original model instead"
+        else:
+            reason = f"type {kind} cannot be quantized again without loss; start from an f32, f16, bf16 or q8_0 file"
+        if not allow_requantize and is_decodable(info):
+            reason += " (or say --allow-requantize)"
+        raise TensorTypeError(reason, file=info.file, tensor=info.name)
     return [source_of(info) for info in model.tensors]
+
+
+def is_decodable(info: TensorInfo) -> bool:
+    """Whether :func:`decode_rows` knows the type of a tensor."""
+    return info.layout is not None or info.type_name in _VIEWS or info.ggml_type in gguf.quants._type_traits
 
 
 def source_of(info: TensorInfo) -> TensorSource:
@@ -93,13 +108,13 @@ def decode_rows(info: TensorInfo, start: int, stop: int) -> NDArray[np.float32]:
 
         weights: NDArray[np.float32] = ccq_backend.decode(info.layout, stored)
         return weights
-    try:
-        with np.errstate(all="ignore"):
-            decoded = gguf.quants.dequantize(stored, info.ggml_type) if info.type_name not in _VIEWS else None
-    except NotImplementedError:
-        raise TensorTypeError(f"no decoder for type {info.type_name}", tensor=info.name) from None
-    if decoded is None:
+    if not is_decodable(info):
+        raise TensorTypeError(f"no decoder for type {info.type_name}", file=info.file, tensor=info.name)
+    if info.type_name in _VIEWS:
         decoded = stored.view(_VIEWS[info.type_name])
+    else:
+        with np.errstate(all="ignore"):
+            decoded = gguf.quants.dequantize(stored, info.ggml_type)
     return np.asarray(decoded, dtype=np.float32).reshape(stop - start, info.columns)
 
 

@@ -213,9 +213,10 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTensor], 
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", {})
     tensors = {}
+    path = Path(path)
     for name, info in header.items():
         offset = 8 + length + info["data_offsets"][0]
-        tensors[name] = StoredTensor(name, Path(path), info["dtype"], tuple(info["shape"]), offset)
+        tensors[name] = StoredTensor(name, path, info["dtype"], tuple(info["shape"]), offset)
     return tensors, metadata
 
 
@@ -263,7 +264,10 @@ class Checkpoint:
             for path in files:
                 self._open_shard(path)
         self.files = tuple(sorted({tensor.path for tensor in self._stored.values()}))
-        self._stored = {name: replace(tensor, name=name) for name, tensor in _plain_names(self._stored).items()}
+        self._stored = {
+            name: tensor if tensor.name == name else replace(tensor, name=name)
+            for name, tensor in _plain_names(self._stored).items()
+        }
         self._tensors: dict[str, Weights] = dict(self._stored)
 
     @property

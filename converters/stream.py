@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import gguf
 import numpy as np
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ccq_format import layouts
 from ccq_format._partial import partial_path
 from ccq_format.errors import CcqError, ImportanceError
-from ccq_format.gguf_io import Model, ModelWriter
+from ccq_format.gguf_io import Model, ModelWriter, SplitWriter
 
 from . import borrow
 from .allocate import Overhead, allocate, spare
@@ -29,19 +30,22 @@ from .imatrix import Importance, provenance
 from .mixtures import MixtureScheme
 from .outliers import BlockErrors, Report
 from .plan import (
-    VOCABULARY,
     Plan,
     PlannedTensor,
     QuantOptions,
     TensorSource,
     cpu_count,
+    format_bytes,
     is_ccq,
     make_plan,
     scheme_of,
 )
 from .resume import job_of
+from .rules import is_vocabulary
 
 log = logging.getLogger(__name__)
+
+Writer: TypeAlias = "ModelWriter | SplitWriter"
 
 _CHUNK_CCQ = 1 << 16
 """Weights per step and thread of a CCQ encoder: about half a second, so that Ctrl-C and the progress bar feel alive."""
@@ -84,8 +88,7 @@ def write_model(
             plan = _spared(plan, options, progress)
     else:
         plan = _allocated_plan(arch, set_metadata, sources, options, progress, copy_from)
-    warning = plan.warning()
-    if warning:
+    for warning in plan.warnings():
         log.warning(warning)
     if options.imatrix is not None:
         check_importance(plan, options.imatrix)
@@ -168,7 +171,7 @@ def check_importance(plan: Plan, importance: Importance) -> None:
 def _wants_data(tensor: PlannedTensor) -> bool:
     """Whether a tensor needs data to be encoded well: not an embedding, whose rows are looked up, nor the output
     matrix, which is left out of the data by default."""
-    return is_ccq(tensor.type) and not VOCABULARY.search(tensor.source.name)
+    return is_ccq(tensor.type) and not is_vocabulary(tensor.source.name)
 
 
 def _is_output(tensor: PlannedTensor, tied: bool) -> bool:
@@ -214,38 +217,45 @@ def write_planned(
         job = job_of(options, files)
     elif partial_path(out_path).exists():
         log.warning("%s: left as it is; only --resume goes on with it", partial_path(out_path))
-    writer = ModelWriter(out_path, arch, overwrite=options.overwrite, job=job)
+    writer: Writer = ModelWriter(out_path, arch, overwrite=options.overwrite, job=job)
+    if options.split_max_size is not None:
+        writer = SplitWriter(out_path, arch, options.split_max_size, overwrite=options.overwrite, job=job)
     try:
         with writer:
             _declare(writer, plan, options, set_metadata, copy_from)
             _write_tensors(writer, plan, options, progress)
     except BaseException as error:
-        if writer.kept:
-            kept = f"{writer.kept} of {len(plan.tensors)} tensors are kept; the same command goes on from there"
+        if writer.kept or writer.kept_bytes:
+            part = f" and {format_bytes(writer.kept_bytes)} of the next" if writer.kept_bytes else ""
+            kept = f"{writer.kept} of {len(plan.tensors)} tensors{part} are kept; the same command goes on from there"
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(kept) from None
-            log.warning("%s: %s", partial_path(out_path), kept)
+            log.warning("%s: %s", out_path, kept)
         raise
 
 
-def _write_tensors(writer: ModelWriter, plan: Plan, options: QuantOptions, progress: bool) -> None:
+def _write_tensors(writer: Writer, plan: Plan, options: QuantOptions, progress: bool) -> None:
     writer.begin()
     done, left = plan.tensors[: writer.completed], plan.tensors[writer.completed :]
+    # An interrupted job may have stopped inside a tensor, behind whole rows of it.
+    start = writer.written * left[0].source.rows // left[0].nbytes if writer.written else 0
+    kept = sum(t.source.n_weights for t in done) + (start * left[0].source.row_len if start else 0)
     report = Report()
     with progress_bar(progress) as bar:
-        task = bar.add_task("", total=plan.n_weights, completed=sum(t.source.n_weights for t in done))
+        task = bar.add_task("", total=plan.n_weights, completed=kept)
         for tensor in left:
             bar.update(task, description=tensor.source.name)
             errors = BlockErrors(tensor.source.name, tensor.type)
-            for data, weights in encoded_rows(tensor, options, errors):
+            for data, weights in encoded_rows(tensor, options, errors, start):
                 writer.write(tensor.source.name, data)
                 bar.advance(task, weights)
             report.add(errors)
+            start = 0
     report.finish()
 
 
 def _declare(
-    writer: ModelWriter,
+    writer: Writer,
     plan: Plan,
     options: QuantOptions,
     set_metadata: Callable[[gguf.GGUFWriter], None] | None,
@@ -323,25 +333,29 @@ def progress_bar(wanted: bool) -> Progress:
 
 
 def encoded_rows(
-    tensor: PlannedTensor, options: QuantOptions, errors: BlockErrors | None = None
+    tensor: PlannedTensor, options: QuantOptions, errors: BlockErrors | None = None, first: int = 0
 ) -> Iterator[tuple[NDArray[np.uint8], int]]:
-    """The tensor in its target type, a few rows at a time: (uint8 ``[rows, row_bytes]``, number of weights).
+    """The tensor in its target type from row ``first`` on, a few rows at a time: (uint8 ``[rows, row_bytes]``, number
+    of weights).
 
     ``errors``, if given, is told what they are decoded to if that is a CCQ type.
 
     Raises ``WeightsError`` and ``ImportanceError``.
     """
     source = tensor.source
+    if source.n_weights == 0:
+        yield np.empty(0, np.uint8), 0
+        return
     importance = None
     if options.imatrix is not None and is_ccq(tensor.type):
         importance = options.imatrix.for_tensor(source.name, source.matrices, source.row_len)
     threads = options.threads if options.threads > 0 else cpu_count()
     step = max(1, (_CHUNK_CCQ * threads if is_ccq(tensor.type) else _CHUNK_PLAIN) // source.row_len)
     if options.hessian is not None and is_ccq(tensor.type) and source.name in options.hessian:
-        yield from _rows_with_feedback(tensor, options.hessian, threads, options.effort, errors)
+        yield from _rows_with_feedback(tensor, options.hessian, threads, options.effort, errors, first)
         return
     copied = source.raw_rows if tensor.type == source.source_type else None
-    for start in range(0, source.rows, step):
+    for start in range(first, source.rows, step):
         stop = min(start + step, source.rows)
         weights = (stop - start) * source.row_len
         if copied is not None:
@@ -372,15 +386,20 @@ def _note_errors(errors: BlockErrors | None, x: NDArray[np.float32], blocks: NDA
 
 
 def _rows_with_feedback(
-    tensor: PlannedTensor, hessians: Hessians, threads: int, effort: str, errors: BlockErrors | None
+    tensor: PlannedTensor,
+    hessians: Hessians,
+    threads: int,
+    effort: str,
+    errors: BlockErrors | None,
+    first: int,
 ) -> Iterator[tuple[NDArray[np.uint8], int]]:
     """``encoded_rows`` of a matrix, or a stack of them, that has a Hessian."""
     source = tensor.source
     per_matrix = source.rows // source.matrices
-    for matrix in range(source.matrices):
+    for matrix in range(first // per_matrix, source.matrices):
         factors = _factors(tensor, hessians, matrix)
         end = (matrix + 1) * per_matrix
-        for start in range(matrix * per_matrix, end, _ROWS_FEEDBACK):
+        for start in range(max(first, matrix * per_matrix), end, _ROWS_FEEDBACK):
             stop = min(start + _ROWS_FEEDBACK, end)
             x = source.load_rows(start, stop)
             check_weights(x, tensor.type, source.name)

@@ -144,12 +144,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(source: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
     ok("quantize", source, "-o", out, "--type", "t3", "--tensor-type", "attn_q=f16")
     report = json.loads(ok("inspect", out, "--json"))
-    assert f"{report['file_bpw']:.3f} bits per weight" in planned.splitlines()[-1]
+    assert f"{report['file_bpw']:.3f} bits per weight" in planned.splitlines()[-2]
     for tensor in report["tensors"]:
         (line,) = [ln for ln in planned.splitlines() if ln.startswith(tensor["name"] + " ")]
         assert f" {tensor['type']} " in line
         assert f" {tensor['bytes']:,} " in line
-    assert planned == ok("quantize", source, "--type", "t3", "--tensor-type", "attn_q=f16", "--dry-run")
+    again = ok("quantize", source, "--type", "t3", "--tensor-type", "attn_q=f16", "--dry-run")
+    assert planned.splitlines()[:-1] == again.splitlines()[:-1]  # the last is the time to expect
 
 
 def test_no_fallback(source: Path, tmp_path: Path) -> None:
@@ -232,22 +233,13 @@ def test_other_quantized_input_is_refused(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite(tmp_path: Path, target: str, bad: float) -> None:
     x = gaussian(4, 512)
     x[2, 100] = bad
-    write_gguf(tmp_path / "i.gguf", {"a.weight": ("f32", gaussian(2, 512)), "blk.0.attn_q.weight": ("f32", x)})
+    write_gguf(
+        tmp_path / "i.gguf", {"blk.0.attn_k.weight": ("f32", gaussian(2, 512)), "blk.0.attn_q.weight": ("f32", x)}
+    )
     line = refused("quantize", tmp_path / "i.gguf", "-o", tmp_path / "o.gguf", "--type", target)
     assert "tensor 'blk.0.attn_q.weight'" in line
     assert "NaN or infinite" in line
     assert [p.name for p in tmp_path.iterdir()] == ["i.gguf"]
-
-
-def test_one_part_of_a_split_model_is_refused(source: Path, tmp_path: Path) -> None:
-    with ModelWriter(tmp_path / "part.gguf", "madeup") as out:
-        out.gguf.add_key_value("split.count", 3, gguf.GGUFValueType.UINT16)
-        out.add_tensor("a.weight", "f32", (1, 32))
-        out.begin()
-        out.write("a.weight", gaussian(1, 32))
-    for command in ("quantize", "dequantize"):
-        line = refused(command, tmp_path / "part.gguf", "-o", tmp_path / "o.gguf", "--type", "f16")
-        assert "one of 3 parts" in line
 
 
 def test_existing_output_is_kept_unless_told_otherwise(source: Path, tmp_path: Path) -> None:

@@ -102,16 +102,15 @@ def test_fallback_counts_tensors_and_bytes() -> None:
         source("token_embd.weight", 10, 40),
     ]
     plan = make_plan(model, QuantOptions("p2_5"))
-    assert [t.type for t in plan.tensors] == ["q8_0", "f16", "ccq_p2_5", "f16"]
-    assert [t.nbytes for t in plan.tensors] == [10 * 320 // 32 * 34, 10 * 40 * 2, 10 * 82, 10 * 40 * 2]
-    warning = plan.warning()
-    assert warning is not None
-    assert warning.startswith("3 tensors (4.88 KiB)")
+    assert [t.type for t in plan.tensors] == ["q4_0", "f16", "ccq_p2_5", "f16"]
+    assert [t.nbytes for t in plan.tensors] == [10 * 320 // 32 * 18, 10 * 40 * 2, 10 * 82, 10 * 40 * 2]
+    (warning,) = plan.warnings()
+    assert warning.startswith("3 tensors (3.32 KiB)")
     assert "32, 256" in warning
-    assert plan.fallback_bytes == 3400 + 800 + 800
+    assert plan.fallback_bytes == 1800 + 800 + 800
     with pytest.raises(PlanError, match=r"ffn_up.*320 is no multiple of 256"):
         make_plan(model, QuantOptions("p2_5", fallback=False))
-    assert make_plan(model[2:3], QuantOptions("p2_5", fallback=False)).warning() is None
+    assert make_plan(model[2:3], QuantOptions("p2_5", fallback=False)).warnings() == []
 
 
 @given(
@@ -119,14 +118,14 @@ def test_fallback_counts_tensors_and_bytes() -> None:
     kind=st.sampled_from(TARGETS),
 )
 def test_every_plan_fits_and_adds_up(shapes: list[tuple[int, int, int]], kind: str) -> None:
-    model = [source(f"blk.{i}.w{i}_exps.weight", *shape) for i, shape in enumerate(shapes)]
+    model = [source(f"blk.{i}.ffn_up_exps.weight", *shape) for i, shape in enumerate(shapes)]
     plan = make_plan(model, QuantOptions(kind))
     for tensor, shape in zip(plan.tensors, shapes, strict=True):
         weights, nbytes = block(tensor.type)
         assert shape[-1] % weights == 0
         assert tensor.nbytes == np.prod(shape) // weights * nbytes
         fits = shape[-1] % block(kind)[0] == 0
-        assert tensor.type == (kind if fits else "q8_0" if shape[-1] % 32 == 0 else "f16")
+        assert tensor.type == (kind if fits else "q4_0" if shape[-1] % 32 == 0 else "f16")
     assert plan.nbytes == sum(t.nbytes for t in plan.tensors)
     assert plan.file_bpw == pytest.approx(8 * plan.nbytes / sum(np.prod(s) for s in shapes))
     lines = plan.table().splitlines()
@@ -210,9 +209,18 @@ def test_overrides_and_fallback_in_mixtures() -> None:
     assert (chosen["blk.3.attn_v.weight"], chosen["output.weight"], chosen["blk.0.odd.weight"]) == (
         "f16",
         "f16",
-        "q8_0",
+        "q4_0",
     )
     assert plan.fallback_count == 1
+    assert "blk.0.odd.weight" in plan.warnings()[-1]
+
+
+@pytest.mark.parametrize(("kind", "row_len", "expected"), [
+    ("ccq_t2", 96, "q4_0"), ("ccq_p2", 320, "q4_0"), ("ccq_t2", 80, "f16"), ("q4_0", 80, "f16"), ("q8_0", 80, "f16"),
+])  # fmt: skip
+def test_rows_fall_back_to_the_next_type_that_fits(kind: str, row_len: int, expected: str) -> None:
+    plan = make_plan([source("blk.0.ffn_up.weight", 4, row_len)], QuantOptions(kind))
+    assert plan.tensors[0].type == expected
 
 
 def test_block_sizes_agree_with_gguf() -> None:

@@ -368,7 +368,7 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
         out.add_tensor("c", "CCQ_T2", (64, 96))
     for shape in ((), (0, 64), (1, 1, 1, 1, 64)):
         with pytest.raises(ShapeError, match="1 to 4 positive dimensions"):
-            out.add_tensor("c", "f32", shape)
+            out.add_tensor("c", "ccq_t2", shape)
     out.begin()
     with pytest.raises(ValueError, match="called already"):
         out.begin()

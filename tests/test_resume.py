@@ -26,6 +26,7 @@ from ccq_converters.hessian import HessianWriter
 from ccq_converters.imatrix import Entry, Importance, fill
 from ccq_converters.plan import QuantOptions
 from ccq_converters.resume import job_of
+from ccq_format import _writer
 from ccq_format.gguf_io import ModelWriter
 
 from .cli_common import without_advice
@@ -182,6 +183,62 @@ def test_interrupted_again_and_again(source: Path, folder: Path, calls: Calls) -
     assert names(folder) == ["o.gguf"]
 
 
+@pytest.mark.parametrize(("call", "feedback"), [(1, False), (3, False), (4, False), (9, False), (4, True), (10, True)])
+def test_goes_on_inside_a_tensor(
+    source: Path, folder: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch, call: int, feedback: bool
+) -> None:
+    """Every call encodes 4 rows; with a note after every 4 rows nothing is encoded twice."""
+    more: tuple[object, ...] = ()
+    if feedback:
+        hessian = folder.parent / "h.safetensors"
+        shapes = {name: (256, 256) for name in CALLS if name != NORM and name != "token_embd.weight"}
+        with HessianWriter(hessian, shapes, {}) as writer:
+            writer.begin()
+            for seed, name in enumerate(shapes):
+                x = gaussian(512, 256, seed=seed)
+                writer.write(name, x.T @ x, 512.0)
+        more = ("--hessian", hessian)
+    expected = whole(source, folder.parent, *more)
+    monkeypatch.setattr(_writer, "_CHECKPOINT", 4 * 68)
+    interrupt(source, folder, calls, call, *more)
+    assert names(folder) == KEPT
+    result = run(*command(source, folder, *more))
+    assert result.exit_code == 0, result.output
+    assert calls.count == TOTAL - call
+    assert (folder / "o.gguf").read_bytes() == expected
+    assert names(folder) == ["o.gguf"]
+
+
+def test_a_stack_of_experts(folder: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops in the second matrix, in the middle of it, and says how far it has come."""
+    write_gguf(tmp_path / "in.gguf", {"blk.0.ffn_up_exps.weight": (3, 8, 256)})
+    expected = whole(tmp_path / "in.gguf", tmp_path)
+    monkeypatch.setattr(_writer, "_CHECKPOINT", 4 * 68)
+    calls.restart(3, KeyboardInterrupt)
+    result = run(*command(tmp_path / "in.gguf", folder))
+    assert "0 of 1 tensors and 816 B of the next are kept" in result.stderr
+    calls.restart()
+    assert run(*command(tmp_path / "in.gguf", folder)).exit_code == 0
+    assert calls.count == 3
+    assert (folder / "o.gguf").read_bytes() == expected
+
+
+def test_damage_inside_a_tensor(
+    source: Path, folder: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole(source, tmp_path)
+    monkeypatch.setattr(_writer, "_CHECKPOINT", 4 * 68)
+    interrupt(source, folder, calls, 9)
+    data = bytearray((folder / KEPT[0]).read_bytes())
+    data[-1] ^= 1  # in the last rows of a tensor of which more rows are missing
+    (folder / KEPT[0]).write_bytes(data)
+    result = run(*command(source, folder))
+    assert result.exit_code == 0, result.output
+    assert "damaged; what follows its first 4 tensors is encoded again" in result.stderr
+    assert calls.count == TOTAL - 8
+    assert (folder / "o.gguf").read_bytes() == expected
+
+
 def test_with_importance_and_feedback(source: Path, folder: Path, calls: Calls, tmp_path: Path) -> None:
     importance = write_importance(tmp_path / "i.gguf")
     hessian = tmp_path / "h.safetensors"
@@ -240,7 +297,7 @@ def test_the_user_learns_how_to_go_on(source: Path, folder: Path, calls: Calls) 
     result = run(*command(source, folder))
     assert result.exit_code == 1
     assert without_advice(result.stderr).splitlines() == [
-        f"Warning: {folder / KEPT[0]}: 4 of 5 tensors are kept; the same command goes on from there",
+        f"Warning: {folder / 'o.gguf'}: 4 of 5 tensors are kept; the same command goes on from there",
         "Error: [Errno 28] No space left on device",
     ]
     assert names(folder) == KEPT
@@ -496,7 +553,7 @@ def test_torn_journal_grows_again(source: Path, folder: Path, calls: Calls, tmp_
     assert (folder / "o.gguf").read_bytes() == expected
 
 
-@pytest.mark.parametrize("text", [None, b"", b"{", b"[1]\n", b'{"ccq_partial": 2, "job": {}}\n', b"\xff\n"])
+@pytest.mark.parametrize("text", [None, b"", b"{", b"[1]\n", b'{"ccq_partial": 1, "job": {}}\n', b"\xff\n"])
 def test_lost_journal(source: Path, folder: Path, calls: Calls, text: bytes | None) -> None:
     interrupt(source, folder, calls)
     (folder / JOURNAL).unlink()

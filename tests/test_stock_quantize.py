@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
@@ -13,6 +11,8 @@ from ccq_converters import hf2gguf, imatrix, llama
 from ccq_converters.plan import QuantOptions
 from ccq_format.errors import EvalError
 from ccq_format.gguf_io import open_model
+
+from .ggml_common import ggml_quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 IMATRIX = ROOT / "tests" / "data" / "manllama-4m.imatrix.gguf"
@@ -40,20 +40,6 @@ def test_every_matrix_gets_the_type(source: Path, tmp_path: Path, name: str) -> 
     llama.stock_quantize(source, out, name, importance=imatrix.load(IMATRIX), threads=1)
     assert types_of(out) == {"embedding": {"q8_0"}, "norm": {"f32"}, "matrix": {name}}
     assert list(tmp_path.iterdir()) == [out]
-
-
-def ggml_quantize(name: str, weights: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    """One call of ggml's own function: float32 ``[rows, columns]`` to uint8 ``[rows, row_bytes]``."""
-    function = llama.library().llama_cpp._lib.ggml_quantize_chunk
-    function.restype = ctypes.c_size_t
-    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-    kind = gguf.GGMLQuantizationType[name.upper()]
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    rows, columns = weights.shape
-    out = np.zeros((rows, columns // block * size), np.uint8)
-    data = None if importance is None else importance.ctypes.data
-    assert function(kind, weights.ctypes.data, out.ctypes.data, 0, rows, columns, data) == out.nbytes
-    return out
 
 
 @pytest.mark.parametrize(("name", "measured"), [("q2_k", False), ("q2_k", True), ("iq2_s", True)])
