@@ -31,20 +31,27 @@ def quantize(
     Raises ``TensorTypeError`` for a source of any other type, ``ModelError`` for one part of a split model, and what
     ``open_model`` and ``write_model`` raise.
     """
+    from .automatic import Conversion, calibrated  # which needs this module
+
     model = open_model(in_path)
     if not options.dry_run and os.path.exists(out_path) and os.path.samefile(in_path, out_path):
         raise OutputError("input and output are the same file", file=out_path)
     refuse_parts(model)
     sources = sources_of(model)
-    return write_model(
-        out_path,
-        arch=model.arch,
-        sources=sources,
-        options=options,
-        progress=progress,
-        copy_from=model,
-        files=[Path(in_path)],
+    files = [Path(in_path)]
+    conversion = Conversion(
+        Path(out_path), model.arch, sources, files, copy_from=model, runnable=files[0], progress=progress
     )
+    with calibrated(conversion, options) as options:
+        return write_model(
+            out_path,
+            arch=model.arch,
+            sources=sources,
+            options=options,
+            progress=progress,
+            copy_from=model,
+            files=files,
+        )
 
 
 def refuse_parts(model: Model) -> None:

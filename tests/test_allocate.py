@@ -25,6 +25,8 @@ from ccq_format import codec, layouts
 from ccq_format.errors import ImportanceError, PlanError, WeightsError
 from ccq_format.gguf_io import ModelWriter, open_model
 
+from .cli_common import without_calibration
+
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "manllama-4m"
 
 Curve = tuple[list[int], list[float]]
@@ -204,7 +206,7 @@ def test_weights_that_no_type_holds() -> None:
 
 
 def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
+    return CliRunner().invoke(main, without_calibration(args))
 
 
 TENSORS = {
