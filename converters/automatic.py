@@ -30,13 +30,16 @@ from .hessian import Hessians
 from .imatrix import Importance
 from .losses import measure_losses
 from .plan import STOCK_TYPES, QuantOptions, TensorSource, format_bytes, make_plan
-from .resume import state_of
+from .resume import job_of
 from .stream import lacks_data, progress_bar, write_planned
 
 log = logging.getLogger(__name__)
 
-CHUNKS = 32
-"""Windows of 512 tokens that importance is collected on."""
+TOKENS = 1 << 14
+"""Tokens that importance is collected on."""
+
+WINDOW = 512
+"""Tokens per window, unless the model's context is shorter."""
 
 _JOB = "calibration.job"
 """Key of a kept calibration: what it was made of."""
@@ -85,7 +88,7 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
         return
     ModelWriter(conversion.out, "", overwrite=options.overwrite).abort()  # refuses a target before the work
     if options.resume:
-        kept = _Kept(conversion, wanted)
+        kept = _Kept(conversion, options, wanted)
         if (found := kept.load(options)) is None:
             kept.save(_measured(conversion, options, wanted, kept.hessians))
             found = kept.load(options)
@@ -124,13 +127,13 @@ def _measured(conversion: Conversion, options: QuantOptions, wanted: _Wanted, he
     if find_spec("llama_cpp") is None:
         raise EvalError(f"calibration needs llama-cpp-python (pip install '.[llama]'); or {_OTHERWISE}")
     text = read_text(BUNDLED_TEXT)
-    # The output matrix may get few bits, unless a single type is asked for.
-    settings = CalibrationOptions(
-        chunks=CHUNKS, threads=options.threads, process_output=options.type is None, overwrite=True
-    )
     data = options.imatrix
     with _runnable(conversion) as path, progress_bar(conversion.progress) as bar:
-        _check_memory(path, conversion)
+        window = _checked(path, conversion)
+        # The output matrix may get few bits, unless types are asked for.
+        settings = CalibrationOptions(
+            window, TOKENS // window, options.threads, process_output=options.type is None, overwrite=True
+        )
         task = bar.add_task("calibrating", total=None)
 
         def advance(done: int, total: int) -> None:
@@ -153,13 +156,13 @@ def _measured(conversion: Conversion, options: QuantOptions, wanted: _Wanted, he
                 data = measure_losses(path, text, data, threads=options.threads, advance=advance)
         except EvalError as error:
             raise EvalError(f"calibration: {error.reason}; {_OTHERWISE}", file=_source(conversion)) from error
-    what = [f"importance of {len(data.entries)} matrices"] if wanted.importance else []
+    tokens = settings.ctx * (settings.chunks or 0)
+    what = [f"importance of {len(data.entries)} matrices from {tokens} tokens"] if wanted.importance else []
     what += ["their Hessians"] if wanted.hessians else []
     what += [f"losses of {len(data.losses)} tensors"] if wanted.losses else []
     log.info(
-        "calibrated with %d tokens of the text that comes with this package: %s ('ccq-convert calibrate' does it with "
-        "yours, to be kept and given with --imatrix)",
-        CHUNKS * settings.ctx,
+        "calibrated on the text that comes with this package: %s ('ccq-convert calibrate' does it on yours, and makes "
+        "files to keep and give with --imatrix and --hessian)",
         ", ".join(what),
     )
     return data
@@ -208,8 +211,8 @@ class _AsStored:
     vocabulary = matrix
 
 
-def _check_memory(path: Path, conversion: Conversion) -> None:
-    """Raise ``EvalError`` if the model does not fit into the memory that is free."""
+def _checked(path: Path, conversion: Conversion) -> int:
+    """The tokens of a window.  Raises ``EvalError`` if the model does not fit into the memory that is free."""
     model = open_model(path)
     vocabulary = next((t.n_rows for t in model.tensors if t.name == "token_embd.weight"), 0)
     needed = sum(t.nbytes for t in model.tensors) + 8 * BATCH * vocabulary
@@ -220,6 +223,8 @@ def _check_memory(path: Path, conversion: Conversion) -> None:
             f"{format_bytes(free)} are free: {_OTHERWISE}",
             file=_source(conversion),
         )
+    context = model.metadata.get(f"{model.arch}.context_length")
+    return min(WINDOW, context) if isinstance(context, int) and context > 1 else WINDOW
 
 
 def _source(conversion: Conversion) -> Path:
@@ -230,11 +235,12 @@ class _Kept:
     """The calibration of a conversion that can be resumed: ``.NAME.calibration`` and, with Hessians, ``.NAME.hessian``
     beside the output ``NAME``."""
 
-    def __init__(self, conversion: Conversion, wanted: _Wanted) -> None:
+    def __init__(self, conversion: Conversion, options: QuantOptions, wanted: _Wanted) -> None:
         self.path = conversion.out.with_name(f".{conversion.out.name}.calibration")
         self.hessians = conversion.out.with_name(f".{conversion.out.name}.hessian")
         self.wanted = wanted
-        job = {file.name: state_of(file) for file in conversion.files}
+        whole = job_of(options, conversion.files)
+        job = {key: whole[key] for key in ("--imatrix", *(file.name for file in conversion.files))}
         self.job = json.dumps({**job, "wanted": asdict(wanted)}, sort_keys=True)
 
     def load(self, options: QuantOptions) -> QuantOptions | None:

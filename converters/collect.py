@@ -395,16 +395,17 @@ class GraphRun:
             windows[:, 0] = model.bos
         return windows
 
-    def decode(self, tokens: NDArray[np.int64], low: int = 0) -> NDArray[np.float32]:
+    def decode(self, tokens: NDArray[np.int64], low: int = 0, first: int = 0) -> NDArray[np.float32]:
         """Evaluate the same positions, ``low`` being the first, of some windows, ``[windows, positions]``: the logits
-        of all of them, valid until the next call."""
+        of those from the ``first`` on, of one window after the other, valid until the next call.
+
+        If that is not 0, llama.cpp leaves the others out of its last layer as soon as it can.
+        """
         count, length = tokens.shape
         sequences = np.repeat(np.arange(count), length).tolist()
         positions = list(range(low, low + length)) * count
-        # Outputs of all tokens are asked for, or llama.cpp would leave the others out of the last layer.
-        run = self.runner.submit(
-            self.model.decode, tokens.reshape(-1).tolist(), positions, sequences, [True] * tokens.size
-        )
+        outputs = [position >= first for position in positions]
+        run = self.runner.submit(self.model.decode, tokens.reshape(-1).tolist(), positions, sequences, outputs)
         return run.result()
 
 

@@ -31,11 +31,12 @@ from .evaluate import log_softmax
 from .graph import Ggml, Node
 from .imatrix import Importance
 from .llama import load_plugin_for
-from .plan import SMALL, VOCABULARY
+from .plan import EXPERTS, SMALL, VOCABULARY
 from .quantize import decode_rows
 
-WINDOW = 64
-"""Tokens per window; ``BATCH // WINDOW`` windows, spread over the text, are what the divergence is measured on."""
+WINDOW = 128
+"""Tokens per window; ``BATCH // WINDOW`` windows, spread over the text, are what the divergence is measured on, in the
+second half of each: before, attention is to too few tokens."""
 
 MOST = 128
 """Tensors that are measured, about; of deep models some layers are left out (``allocate.completed`` interpolates)."""
@@ -85,15 +86,19 @@ def measure_losses(
     tensors = {tensor.name: tensor for tensor in open_model(model_path).tensors}
     with GraphRun(model_path, text, CalibrationOptions(ctx=WINDOW, threads=threads)) as run:
         probe = _Probe(run)
-        names = _spread([name for name in probe.names() if name in tensors and not SMALL.search(name)], most)
+        names = _spread([name for name in probe.names() if name in tensors and _may_be_chosen(tensors[name])], most)
         probe.without()
         losses = {}
-        for done, name in enumerate(names):
+        for name in names:
+            losses[name] = probe.loss(_Noise(run, tensors[name], importance))
             if advance is not None:
-                advance(done, len(names))
-            noise = _Noise(run, tensors[name], importance)
-            losses[name] = probe.loss(noise)
+                advance(len(losses), len(names))
     return replace(importance, losses=losses)
+
+
+def _may_be_chosen(tensor: TensorInfo) -> bool:
+    """Whether a plan may choose a type for a tensor."""
+    return not SMALL.search(tensor.name) and (len(tensor.shape) == 2 or bool(EXPERTS.search(tensor.name)))
 
 
 def _spread(names: Iterable[str], most: int) -> list[str]:
@@ -116,7 +121,7 @@ class _Probe:
         self.run = run
         count = min(BATCH // WINDOW, len(run.windows))
         self.windows = run.windows[np.linspace(0, len(run.windows) - 1, count).astype(int)]
-        self.step = -(-self.windows.size * run.model.n_vocab // _LOGITS)
+        self.step = -(-self.windows.size // 2 * run.model.n_vocab // _LOGITS)
         self.clean: list[F32] = []
 
     def names(self) -> list[str]:
@@ -163,7 +168,7 @@ class _Probe:
     def _logits(self) -> list[F32]:
         """Logits of the scored tokens, a few at a time."""
         self.run.model.clear()
-        logits = self.run.decode(self.windows)[:: self.step]
+        logits = self.run.decode(self.windows, first=WINDOW // 2)[:: self.step]
         return [logits[start : start + _ROWS] for start in range(0, len(logits), _ROWS)]
 
 

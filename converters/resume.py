@@ -37,7 +37,7 @@ def job_of(options: QuantOptions, files: Sequence[Path]) -> dict[str, str]:
             continue
         name = _NAMES.get(field.name, "--" + field.name.replace("_", "-"))
         if field.name == "hessian":
-            job[name] = "none" if value is None else state_of(value.file)
+            job[name] = "none" if value is None else _state(value.file)
         elif field.name == "imatrix":
             job[name] = "none" if value is None else _digest(value)
         elif field.name == "fallback":
@@ -45,12 +45,12 @@ def job_of(options: QuantOptions, files: Sequence[Path]) -> dict[str, str]:
         else:
             job[name] = value if isinstance(value, str) else json.dumps(value)
     for path in files:
-        job[path.name] = state_of(path)
+        job[path.name] = _state(path)
     return job
 
 
-def state_of(path: str | os.PathLike[str]) -> str:
-    """Size and time of change of a file; where it lies may change.  Raises ``InputError``."""
+def _state(path: str | os.PathLike[str]) -> str:
+    """Size and time of change; where the file lies may change."""
     try:
         stat = os.stat(path)
     except OSError as error:

@@ -327,10 +327,11 @@ def test_dry_run_shows_the_losses_and_writes_nothing(model: Path, tmp_path: Path
     curve = [line.split() for line in lines[start + 1 : -1]]
     assert len(curve) == 10
     assert [float(row[2]) for row in curve] == sorted((float(row[2]) for row in curve), reverse=True)
-    for size, bits, loss in curve[::3]:
-        result = run("quantize", model, "--target-size", size, "--imatrix", data, "--threads", 1, "--dry-run")
-        assert f"expected loss {loss} nats" in result.stdout.splitlines()[-1]
-        assert float(result.stdout.split(" bits per weight")[-2].split()[-1]) <= float(bits)
+    size, bits, loss = curve[4]
+    other = run("quantize", model, "--target-size", size, "--imatrix", data, "--threads", 1, "--dry-run").stdout
+    last = other.splitlines()[-1]
+    assert f"expected loss {loss} nats" in last
+    assert float(last.split(" bits per weight")[0].split()[-1]) <= float(bits)
     assert any(line.startswith("q8_0: 4 tensors") for line in lines)
     assert run(*args).stdout == result.stdout
     without = run("quantize", model, "--target-bpw", 2.6, "--threads", 1, "--dry-run").stdout
@@ -405,11 +406,11 @@ def test_a_folder_to_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_interrupted_while_measuring(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def interrupt(source: TensorSource, options: QuantOptions) -> allocate.Choices:
+    def interrupt(source: TensorSource, options: QuantOptions, types: Sequence[str]) -> allocate.Choices:
         done.append(source.name)
         if len(done) == 3:
             raise KeyboardInterrupt
-        return measure(source, options)
+        return measure(source, options, types)
 
     monkeypatch.setattr(allocate, "measure", interrupt)
     result = run("quantize", model, "-o", tmp_path / "out.gguf", "--target-size", 100_000, "--threads", 1)
@@ -477,7 +478,7 @@ def test_embedding_and_output_are_chosen_by_their_losses(model: Path, tmp_path: 
     assert {types_of(tmp_path / "o.gguf")[name] for name in vocabulary} == {"q8_0"}
 
 
-@pytest.mark.parametrize("kind", ["t2", "t2_m", "p2", "q8_0"])
+@pytest.mark.parametrize("kind", ["t2_m", "p2", "q8_0"])
 def test_what_a_type_loses_beside_a_plan_of_its_size(model: Path, tmp_path: Path, kind: str) -> None:
     data = write_data(tmp_path / "data.gguf")
     result = run("quantize", model, "--type", kind, "--imatrix", data, "--threads", 1, "--dry-run")
