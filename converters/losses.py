@@ -7,6 +7,12 @@ their column's importance.  What has to be known of W is that size; nothing is e
 Embeddings get their noise where rows are looked up (GET_ROWS), one that is the output matrix as well at both places.
 All experts of a stack share one E, with signs of their own.
 
+Measured on SmolLM2-135M, the 35 matrices of five layers, each alone with the errors of CCQ_T2: what that costs on
+1024 tokens of other text differs from what noise on 256 tokens predicts by a factor of 1.7 (standard deviation of the
+logarithm 0.54), from what gradients of 16 k tokens predict by 1.8 (0.58), and from one factor for all matrices by 3.4
+(1.24).  Where all positions of a window count it is 0.67, the true errors on the same 512 tokens giving 0.58, and noise
+that is independent from token to token, without E, 0.74.
+
 For small errors the divergence is linear in their squares (see ``allocate``), so one number per tensor says what every
 type loses: the divergence over the relative squared error of the outputs, ``sum S_j E_ij^2 / sum S_j W_ij^2`` with S
 the sums of an importance file (without an entry: all alike).
@@ -34,7 +40,7 @@ from .llama import load_plugin_for
 from .plan import EXPERTS, SMALL, VOCABULARY
 from .quantize import decode_rows
 
-WINDOW = 128
+WINDOW = 64
 """Tokens per window; ``BATCH // WINDOW`` windows, spread over the text, are what the divergence is measured on, in the
 second half of each: before, attention is to too few tokens."""
 
