@@ -299,7 +299,7 @@ def quantize(in_file: Path, **settings: Any) -> None:
     "--losses",
     is_flag=True,
     help="GGUF file only: also measure with noise how much each matrix, the embedding and the output matter to the "
-    "model's predictions, for --target-size and --target-bpw.",
+    "model's predictions, for --target-size and --target-bpw. Implies --process-output.",
 )
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")

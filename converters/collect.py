@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -296,6 +296,8 @@ def calibrate_file(
 ) -> imatrix.Importance:
     """What ``calibrate.calibrate`` does, of a GGUF file: arguments, files and errors are the same."""
     options = options or CalibrationOptions()
+    if options.losses:
+        options = replace(options, process_output=True)  # it may get few bits then
     refuse_same_file(out, hessian)
     text = read_text(text_path)
     with ModelWriter(out, "", overwrite=options.overwrite) as writer, progress_bar(progress) as bar:

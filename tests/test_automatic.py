@@ -70,7 +70,7 @@ FAST = ("--effort", "fast", *ONE)
 TWO_STEPS = {
     "--type t2 --effort fast": ((), ()),
     "--type t2 --effort fast --hessian auto": (("--hessian", "h"), ("--hessian", "h")),
-    "--target-size 15% --effort fast": (("--process-output", "--losses"), ()),
+    "--target-size 15% --effort fast": (("--losses",), ()),
 }
 
 

@@ -152,7 +152,7 @@ def run(*args: object) -> str:
 def test_losses_in_a_file(models: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "i.gguf"
     args = ("calibrate", models["bundled"], "--text", HELDOUT, "-o", out, "--chunks", 4, "--losses", "--threads", 1)
-    run(*args, "--process-output")
+    run(*args)
     found = imatrix.load(out)
     matrices = [t.name for t in open_model(models["bundled"]).tensors if len(t.shape) == 2]
     assert sorted(found.losses) == sorted(matrices)
