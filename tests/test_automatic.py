@@ -103,7 +103,7 @@ def test_one_command_gives_what_two_give(
     [
         ("--type t2", True),
         ("--type t3_m", True),
-        ("--type p2", True),
+        ("--type p2_5", True),
         ("--type q8_0 --tensor-type blk.1.attn_v=t3", True),
         ("--target-bpw 3", True),
         ("--type q4_0", False),
