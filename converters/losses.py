@@ -187,7 +187,7 @@ class _Noise:
         self.amount = 0.0
         self.matrices = info.n_rows // info.shape[-2]
         rows, width = info.shape[-2], info.columns
-        shape = np.ones(width)
+        shape: F64 = np.ones(width)
         weights = importance.input_weights(info.name, self.matrices, width)
         if weights is None:
             weights = np.ones((self.matrices, width))
@@ -239,7 +239,7 @@ class _Noise:
 
         def panel(start: int) -> F32:
             rows = self.rows[start : start + step]
-            e = np.random.default_rng([1, start]).standard_normal((len(rows), len(self.columns)), np.float32)
+            e = np.random.default_rng([1, start]).standard_normal((len(rows), len(self.columns)), dtype=np.float32)
             product: F32 = vectors @ e.T
             return product * rows
 
@@ -247,7 +247,7 @@ class _Noise:
 
     def _rows(self, ids: NDArray[np.integer]) -> F32:
         """Rows of E: float32 ``[ids, width]``."""
-        e = [np.random.default_rng([2, int(i)]).standard_normal(len(self.columns), np.float32) for i in ids]
+        e = [np.random.default_rng([2, int(i)]).standard_normal(len(self.columns), dtype=np.float32) for i in ids]
         return np.stack(e) * self.columns * self.rows[ids, None]
 
 

@@ -32,10 +32,10 @@ def _little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def f16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model as it is stored."""
-    path = tmp_path_factory.mktemp("model") / "f16.gguf"
-    convert(EXAMPLE, path, QuantOptions("f16"), progress=False)
+    path = tmp_path_factory.mktemp("model") / "bf16.gguf"
+    convert(EXAMPLE, path, QuantOptions("bf16"), progress=False)
     return path
 
 
@@ -77,10 +77,10 @@ TWO_STEPS = {
 @pytest.mark.parametrize("settings", TWO_STEPS)
 @pytest.mark.parametrize("command", ["hf2gguf", "quantize"])
 def test_one_command_gives_what_two_give(
-    f16: Path, folder: Path, tmp_path: Path, command: str, settings: str, monkeypatch: pytest.MonkeyPatch
+    stored: Path, folder: Path, tmp_path: Path, command: str, settings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    source = EXAMPLE if command == "hf2gguf" else f16
+    source = EXAMPLE if command == "hf2gguf" else stored
     stderr = ok(command, source, "-o", folder / "o.gguf", *settings.split(), *ONE)
     assert names(folder) == ["o.gguf"]
     (note,) = [line for line in stderr.splitlines() if line.startswith("Note: calibrated")]
@@ -88,7 +88,7 @@ def test_one_command_gives_what_two_give(
     assert ("losses of " in note) == ("target" in settings)
     assert "Warning" not in stderr
     more, given = TWO_STEPS[settings]
-    ok("calibrate", f16, "-o", "i.gguf", "--chunks", TOKENS // 512, *more, *ONE)
+    ok("calibrate", stored, "-o", "i.gguf", "--chunks", TOKENS // 512, *more, *ONE)
     if "target" in settings:
         assert (folder / "o.gguf").stat().st_size <= 0.15 * 2 * 4_196_608
     given = ("--imatrix", "i.gguf", *given)
@@ -113,29 +113,31 @@ def test_one_command_gives_what_two_give(
         ("--type q4_0 --hessian auto", False),
     ],
 )
-def test_which_conversions_calibrate(f16: Path, folder: Path, settings: str, calibrates: bool) -> None:
+def test_which_conversions_calibrate(stored: Path, folder: Path, settings: str, calibrates: bool) -> None:
     """As a dry run says."""
     data = Path(__file__).parent / "data" / "manllama-4m.imatrix.gguf"
-    stderr = ok("quantize", f16, *settings.format(data=data).split(), "--dry-run", *ONE)
+    stderr = ok("quantize", stored, *settings.format(data=data).split(), "--dry-run", *ONE)
     assert ("Note: not calibrated, as this is a dry run" in stderr) == calibrates
     assert ("without importance data" in stderr) == ("--no-calibration" in settings)
     assert names(folder) == []
 
 
-def test_importance_without_losses(f16: Path, folder: Path) -> None:
+def test_importance_without_losses(stored: Path, folder: Path) -> None:
     """A target adds the losses to somebody's imatrix."""
     data = Path(__file__).parent / "data" / "manllama-4m.imatrix.gguf"
-    stderr = ok("quantize", f16, "-o", folder / "o.gguf", "--target-bpw", 2.6, "--imatrix", data, *FAST)
+    stderr = ok("quantize", stored, "-o", folder / "o.gguf", "--target-bpw", 2.6, "--imatrix", data, *FAST)
     (note,) = [line for line in stderr.splitlines() if line.startswith("Note: ")]
     assert "package: losses of " in note
     assert open_model(folder / "o.gguf").metadata["quantize.imatrix.file"] == str(data)
 
 
-def test_without_calibration(f16: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_calibration(stored: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(automatic, "calibrate_gguf", None)
-    stderr = ok("quantize", f16, "-o", folder / "o.gguf", "--type", "t2", "--effort", "fast", "--no-calibration", *ONE)
+    stderr = ok(
+        "quantize", stored, "-o", folder / "o.gguf", "--type", "t2", "--effort", "fast", "--no-calibration", *ONE
+    )
     assert "talk nonsense" in stderr
-    result = run("quantize", f16, "-o", folder / "x.gguf", "--type", "t2", "--hessian", "auto", "--no-calibration")
+    result = run("quantize", stored, "-o", folder / "x.gguf", "--type", "t2", "--hessian", "auto", "--no-calibration")
     assert result.exit_code == 2
 
 
@@ -210,18 +212,18 @@ def refused(*args: object) -> str:
 
 
 @pytest.mark.parametrize("command", ["hf2gguf", "quantize"])
-def test_too_little_memory(f16: Path, folder: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory(stored: Path, folder: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(automatic, "free_memory", lambda: 20 << 20)
-    source = EXAMPLE if command == "hf2gguf" else f16
+    source = EXAMPLE if command == "hf2gguf" else stored
     line = refused(command, source, "-o", folder / "o.gguf", "--type", "t2")
     assert re.search(r"takes 2\d\.\d+ MiB of memory; 20\.00 MiB are free: .*--imatrix .*q8_0.*--no-calibration", line)
     assert str(source) in line
     assert names(folder) == []
 
 
-def test_without_llama_cpp(f16: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llama_cpp(stored: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(automatic, "find_spec", lambda _name: None)
-    line = refused("quantize", f16, "-o", folder / "o.gguf", "--type", "t2")
+    line = refused("quantize", stored, "-o", folder / "o.gguf", "--type", "t2")
     assert "pip install '.[llama]'" in line
     assert "--no-calibration" in line
 
@@ -234,8 +236,8 @@ def test_a_model_that_llama_cpp_refuses(folder: Path, tmp_path: Path) -> None:
     assert names(folder) == []
 
 
-def test_an_output_that_exists(f16: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_that_exists(stored: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is refused before the work."""
     (folder / "o.gguf").touch()
     monkeypatch.setattr(automatic, "calibrate_gguf", None)
-    assert "exists already" in refused("quantize", f16, "-o", folder / "o.gguf", "--type", "t2")
+    assert "exists already" in refused("quantize", stored, "-o", folder / "o.gguf", "--type", "t2")
