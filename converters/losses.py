@@ -240,8 +240,7 @@ class _Noise:
         def panel(start: int) -> F32:
             rows = self.rows[start : start + step]
             e = np.random.default_rng([1, start]).standard_normal((len(rows), len(self.columns)), dtype=np.float32)
-            product: F32 = vectors @ e.T
-            return product * rows
+            return np.asarray(vectors @ e.T, np.float32) * rows
 
         return np.concatenate(list(self.run.pool.map(panel, range(0, len(self.rows), step))), axis=1)
 
