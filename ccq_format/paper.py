@@ -116,7 +116,7 @@ class PaperCode:
 
     def gain(self, layout: Layout, weights: F32 | None) -> F32:
         """See ``Code``: 1."""
-        return np.float32([1])
+        return np.ones(1, np.float32)
 
 
 def _group_scales(layout: Layout, blocks: np.ndarray) -> np.ndarray:

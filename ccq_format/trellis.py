@@ -145,7 +145,7 @@ class TrellisCode:
         """
         raised = 4.0**-layout.bpw
         if weights is None:
-            return np.float32([1 + raised])
+            return np.array([1 + raised], np.float32)
         blocks = weights.reshape(*weights.shape[:-1], -1, layout.block_weights).astype(np.float64)
         mean = blocks
         while mean.shape[-1] > 1:  # by square roots, which are the same everywhere

@@ -1,12 +1,15 @@
-"""``--target-bpw`` and ``--target-size``: types for every matrix by what they cost and what they are measured to lose.
+"""``--target-bpw`` and ``--target-size``: types for every matrix by what they cost and what they lose, measured.
 
-Of every matrix that the plan is free to choose for a sample of rows is encoded in each type of ``LADDER``.  The loss of
-an encoding with errors ``E`` (``[out, in]``) is
+Of every matrix that the plan may choose for a sample of rows is encoded in each type of ``LADDER``.  The relative
+squared error, inputs weighted by their mean squares where the importance file knows them, times the loss of a relative
+error of 1 is what the type is expected to lose, in nats of KL divergence per token.  The latter follows from the
+importance file, if that has
 
-- with gradients in the importance file ``1/2 sum_ij G_i H_j E_ij^2``, the expected KL divergence in nats per token to
-  second order, where ``H_j`` is the mean square of input j and ``G_i`` that of the gradient at output i (see
-  ``backward``);
-- without them the relative squared error, times what :data:`SIZE_POWER` tells of how much a matrix matters.
+- gradients: the loss of an error ``E`` (``[out, in]``) is ``1/2 sum_ij G_i H_j E_ij^2`` to second order, where ``H_j``
+  is the mean square of input j and ``G_i`` that of the gradient at output i (see ``backward``);
+- losses measured with noise in llama.cpp (see ``losses``), those of embedding and output included;
+- either of other matrices only: it is that of the same matrix in near layers;
+- neither: unknown.  :data:`SIZE_POWER` tells a little of how much a matrix matters.
 
 Losses of different matrices add up: the divergence is linear in the errors as long as it is small (Malinovskii et al.,
 arXiv 2411.17525).  What remains is to choose a type for each so that the sum is smallest within the bytes there are.
@@ -15,9 +18,11 @@ arXiv 2411.17525).  What remains is to choose a type for each so that the sum is
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from functools import cached_property
+from math import fsum, inf, log, log10
 
 import gguf
 import numpy as np
@@ -81,12 +86,24 @@ F64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Choices:
-    """What one tensor can be: types by size, bytes of the tensor in each, and the loss measured."""
+    """What one tensor can be: types by size, bytes of the tensor in each, the relative squared error measured, and the
+    loss, if it is known what an error costs."""
 
     source: TensorSource
     types: tuple[str, ...]
     nbytes: tuple[int, ...]
-    losses: tuple[float, ...]
+    errors: tuple[float, ...]
+    losses: tuple[float, ...] | None = None
+
+    @property
+    def unit_loss(self) -> float | None:
+        """The loss of a relative error of 1, if it is known."""
+        pairs = zip(self.errors, self.losses or (), strict=False)
+        return next((loss / error for error, loss in pairs if 0 < error < inf), None)
+
+    def scaled(self, loss: float) -> Choices:
+        """The same with losses that follow from that of a relative error of 1."""
+        return replace(self, losses=tuple(error * loss for error in self.errors))
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,10 @@ class Overhead:
     def padded(self, nbytes: int) -> int:
         """Bytes that a tensor takes in the file."""
         return nbytes + -nbytes % self.alignment
+
+    def file_size(self, plan: Plan) -> int:
+        """Bytes of the file of a plan."""
+        return self.header + sum(self.padded(tensor.nbytes) for tensor in plan.tensors)
 
 
 @dataclass(frozen=True)
@@ -113,7 +134,7 @@ class _Allocated:
         return self.types.get(name, _BASE), self.reason  # one whose rows do not fit falls back
 
     def vocabulary(self, name: str) -> tuple[str, str]:
-        return self.others.vocabulary(name)
+        return (self.types[name], self.reason) if name in self.types else self.others.vocabulary(name)
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
@@ -171,46 +192,61 @@ def _hull(costs: Sequence[int], losses: Sequence[float]) -> list[int]:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(source: TensorSource, options: QuantOptions) -> Choices:
-    """The types of ``LADDER`` that fit the rows of ``source``, and their losses on a sample of its rows.
+def measure(source: TensorSource, options: QuantOptions, types: Sequence[str] = LADDER) -> Choices:
+    """Those of ``types`` that fit the rows of ``source``, and what they lose on a sample of its rows.
 
     Raises ``WeightsError`` and ``ImportanceError``, naming the tensor.
     """
-    types = tuple(name for name in LADDER if source.row_len % block(name)[0] == 0)
+    types = tuple(name for name in types if source.row_len % block(name)[0] == 0)
     per_matrix = source.rows // source.matrices
     rows, times, x, importance = _sampled(source, options)
+    matrix = rows // per_matrix
+    columns = np.ones_like(x, np.float64)
+    if options.imatrix is not None:
+        weights = options.imatrix.input_weights(source.name, source.matrices, source.row_len)
+        columns = columns if weights is None else weights[matrix]
+    columns = columns * times[:, None]
     gradients = _gradients(source, options.imatrix)
-    if gradients is not None:
-        power, each = gradients
-        # Gradients and inputs are known of all rows, errors of some: the sample counts by its share of their product.
-        share = each * np.repeat(power.mean(axis=1), per_matrix)
-        columns, weights = power[rows // per_matrix], each[rows] * times
-        scale = 0.5 * float(share.sum()) * _reciprocal(float(share[rows] @ times))
-    else:
-        columns, weights = np.ones_like(x, np.float64), times
-        scale = _reciprocal(float(times @ np.square(x, dtype=np.float64).sum(axis=1)))
-    losses = []
+    loss = None if options.imatrix is None else options.imatrix.losses.get(source.name)
+    errors, losses = [], []
+    scale = _reciprocal(float(np.einsum("rj,rj->", np.square(x, dtype=np.float64), columns)))
     for name in types:
         try:
             check_weights(x, name, source.name)
         except WeightsError:  # too large for its scales
+            errors.append(inf)
             losses.append(inf)
             continue
-        error = _decoded(name, encode_rows(name, x, importance, options.threads, "fast")) - x
-        losses.append(scale * float(weights @ np.einsum("rj,rj->r", np.square(error, dtype=np.float64), columns)))
+        error = np.square(
+            _decoded(name, encode_rows(name, x, importance, options.threads, "fast")) - x, dtype=np.float64
+        )
+        errors.append(scale * float(np.einsum("rj,rj->", error, columns)))
+        if gradients is not None:
+            losses.append(gradients(rows, times, error))
+        elif loss is not None:
+            losses.append(loss * errors[-1])
     nbytes = tuple(source.rows * row_bytes(name, source.row_len) for name in types)
-    return Choices(source, types, nbytes, tuple(losses))
+    return Choices(source, types, nbytes, tuple(errors), tuple(losses) if len(losses) == len(types) else None)
 
 
-def _gradients(source: TensorSource, file: Importance | None) -> tuple[F64, F64] | None:
-    """Mean squares of inputs ``[matrices, row_len]`` and of gradients ``[rows]``, if they are known."""
+def _gradients(source: TensorSource, file: Importance | None) -> Callable[[NDArray[np.int64], F64, F64], float] | None:
+    """What gives the loss from some rows, how many each stands for and their squared errors, if gradients are known."""
     if file is None:
         return None
-    gradients = file.output_gradients(source.name, source.matrices, source.rows // source.matrices)
+    per_matrix = source.rows // source.matrices
+    gradients = file.output_gradients(source.name, source.matrices, per_matrix)
     power = file.input_power(source.name, source.matrices, source.row_len)
     if gradients is None or power is None:
         return None
-    return power.astype(np.float64), gradients.astype(np.float64).reshape(-1)
+    each, columns = gradients.astype(np.float64).reshape(-1), power.astype(np.float64)
+    # Gradients and inputs are known of all rows, errors of some: the sample counts by its share of their product.
+    share = each * np.repeat(columns.mean(axis=1), per_matrix)
+
+    def loss(rows: NDArray[np.int64], times: F64, error: F64) -> float:
+        scale = 0.5 * float(share.sum()) * _reciprocal(float(share[rows] @ times))
+        return scale * float((each[rows] * times) @ np.einsum("rj,rj->r", error, columns[rows // per_matrix]))
+
+    return loss
 
 
 def _sampled(source: TensorSource, options: QuantOptions) -> tuple[NDArray[np.int64], F64, F32, F32 | None]:
@@ -336,116 +372,203 @@ def _sparing(source: TensorSource, type_name: str, options: QuantOptions) -> str
     return LADDER[-1]
 
 
+# --- what is not known ----------------------------------------------------------------------------------------------
+
+_LAYER = re.compile(r"^(.*\bblk\.)(\d+)(\..*)$")
+
+
+def completed(choices: Sequence[Choices]) -> tuple[list[Choices], str]:
+    """The choices, all with losses, and the unit of these.
+
+    Where some are known, the loss of a relative error of 1 of the others is interpolated between the nearest layers'
+    same matrix, its logarithm linear in the layer; a matrix that no other layer has takes the geometric mean of all
+    that are known.
+    """
+    known = {c.source.name: loss for c in choices if (loss := c.unit_loss) is not None and loss > 0}
+    if not known:
+        if all(choice.losses is not None for choice in choices):
+            return list(choices), KL_UNIT
+        return _by_size(choices), RELATIVE_UNIT
+    layers: dict[str, list[tuple[int, float]]] = {}
+    for name, loss in known.items():
+        role, layer = role_of(name)
+        layers.setdefault(role, []).append((layer or 0, log(loss)))
+    mean = fsum(map(log, known.values())) / len(known)
+
+    def near(name: str) -> float:
+        role, layer = role_of(name)
+        points = sorted(layers.get(role, [(0, mean)]))
+        return float(np.exp(np.interp(layer or 0, [at for at, _ in points], [value for _, value in points])))
+
+    return [c if c.losses is not None else c.scaled(near(c.source.name)) for c in choices], KL_UNIT
+
+
+def role_of(name: str) -> tuple[str, int | None]:
+    """A tensor's name without the number of its layer, and that number."""
+    match = _LAYER.match(name)
+    return (match[1] + match[3], int(match[2])) if match else (name, None)
+
+
+def _by_size(choices: Sequence[Choices]) -> list[Choices]:
+    """Relative errors as parts of their mean, weighted by :data:`SIZE_POWER`."""
+    sizes = [(choice.source.n_weights / choice.source.matrices) ** SIZE_POWER for choice in choices]
+    return [choice.scaled(size / sum(sizes)) for choice, size in zip(choices, sizes, strict=True)]
+
+
 # --- the plan -------------------------------------------------------------------------------------------------------
 
 
 def allocate(
     sources: list[TensorSource],
     options: QuantOptions,
-    overhead: Overhead | None,
+    overhead: Overhead,
     advance: Callable[[str], None] | None = None,
 ) -> Plan:
-    """The plan for ``options.target_bpw`` or ``options.target_size``.
+    """The plan for ``options.target_bpw`` or ``options.target_size``, with a curve of other sizes if
+    ``options.dry_run``.
 
     ``target_bpw`` is the average over the matrices that the plan is free to choose for: not the embedding, the output
     (q8_0, as in the plans of one type) or tensors that ``options.overrides`` name.  ``target_size`` is the file's size,
-    ``overhead`` included; embedding and output, whose loss is not measured, have the types of the largest mixture whose
-    base type the other matrices reach on average, or larger ones from 3.5 bits on.  Error feedback is not part of the
-    measurement.  ``advance`` is called with each tensor's name before it is measured.
+    ``overhead`` included.  There embedding and output are chosen for like the others if their losses are known
+    (``Importance.losses``); else they have the types of the largest mixture whose base type the other matrices reach on
+    average, or larger ones from 3.5 bits on.  Error feedback is not part of the measurement.  ``advance`` is called
+    with each tensor's name before it is measured.
 
     Raises ``PlanError`` if the target is beyond what the types can give, and what :func:`measure` and
     :func:`plan.make_plan` raise.
     """
     make_plan(sources, options, Pure(_BASE))  # refuses what cannot be planned before anything is measured
-    free = [source for source in free_matrices(sources, options) if source.row_len % block(_BASE)[0] == 0]
+    free = choosable(sources, options)
     if not free:
         raise PlanError("no matrix is left to allocate types to")
-    unit = _unit(free, options.imatrix)
-    pad = 1
-    others: Scheme = Pure(_BASE)
-    if options.target_size is None:
-        budget = _bpw_budget(options, free)
-    else:
-        assert overhead is not None
-        others, budget = _size_budget(options, sources, free, overhead)
-        pad = overhead.alignment
-    choices = []
-    for source in free:
-        if advance is not None:
-            advance(source.name)
-        choices.append(measure(source, options))
-    if unit == RELATIVE_UNIT:
-        choices = _by_size(choices)
-    costs = [[nbytes + -nbytes % pad for nbytes in choice.nbytes] for choice in choices]
-    picked = choose(costs, [choice.losses for choice in choices], budget)
-    chosen = {choice.source.name: (choice, i) for choice, i in zip(choices, picked, strict=True)}
-    types = {name: choice.types[i] for name, (choice, i) in chosen.items()}
-    losses = {name: choice.losses[i] for name, (choice, i) in chosen.items()}
-    return make_plan(sources, options, _Allocated(types, others, _wish(options)), losses, unit)
+    budgets = _Budgets(sources, options, free, overhead)
+    budgets.check()
+    choices, unit = completed(list(_measured(free, options, advance)))
+    plan = _plan(budgets, choices, unit, options.target_size)
+    if not options.dry_run:
+        return plan
+    return replace(plan, curve=[(size, _plan(budgets, choices, unit, size).loss) for size in budgets.sizes()])
 
 
-def _unit(free: list[TensorSource], file: Importance | None) -> str:
-    """The unit of the losses.  Raises ``PlanError`` where they would have several."""
-    if file is None:
-        return RELATIVE_UNIT
-    without = [s.name for s in free if s.name not in file or file.entries[s.name].gradients is None]
-    if not without:
-        return KL_UNIT
-    if len(without) == len(free):
-        return RELATIVE_UNIT
-    raise PlanError(
-        f"{file.file} has gradients of other matrices but not of this one, so their losses cannot be compared; give it "
-        "a type with --tensor-type, or use an importance file without gradients",
-        tensor=without[0],
-    )
+def compared(
+    plan: Plan,
+    sources: list[TensorSource],
+    options: QuantOptions,
+    overhead: Overhead,
+    advance: Callable[[str], None] | None = None,
+) -> Plan:
+    """A plan by names with its expected loss, and with that of a plan for the same size.  Raises what :func:`measure`
+    does."""
+    free = choosable(sources, options)
+    types = {tensor.source.name: tensor.type for tensor in plan.tensors}
+    ladders = [sorted({*LADDER, types[s.name]}, key=_bpw) for s in free]
+    choices, unit = completed(list(_measured(free, options, advance, ladders)))
+    losses = {c.source.name: (c.losses or ())[c.types.index(types[c.source.name])] for c in choices}
+    tensors = [replace(t, loss=losses.get(t.source.name)) for t in plan.tensors]
+    costs = [[overhead.padded(nbytes) for nbytes in choice.nbytes] for choice in choices]
+    columns = [choice.losses or () for choice in choices]
+    budget = sum(cost[c.types.index(types[c.source.name])] for cost, c in zip(costs, choices, strict=True))
+    best = sum(column[i] for column, i in zip(columns, choose(costs, columns, budget), strict=True))
+    return replace(plan, tensors=tensors, loss_unit=unit, instead=(overhead.file_size(plan), best))
 
 
-def _by_size(choices: list[Choices]) -> list[Choices]:
-    """Relative errors as parts of their mean, weighted by :data:`SIZE_POWER`."""
-    sizes = [(choice.source.n_weights / choice.source.matrices) ** SIZE_POWER for choice in choices]
+def choosable(sources: list[TensorSource], options: QuantOptions) -> list[TensorSource]:
+    """The tensors that a target chooses types for."""
+    known = options.imatrix.losses if options.imatrix is not None and options.target_bpw is None else {}
     return [
-        replace(choice, losses=tuple(loss * size / sum(sizes) for loss in choice.losses))
-        for choice, size in zip(choices, sizes, strict=True)
+        source for source in free_matrices(sources, options, vocabulary=known) if source.row_len % block(_BASE)[0] == 0
     ]
 
 
-def _wish(options: QuantOptions) -> str:
-    return "--target-bpw" if options.target_bpw is not None else "--target-size"
+def _measured(
+    free: list[TensorSource],
+    options: QuantOptions,
+    advance: Callable[[str], None] | None,
+    ladders: Sequence[Sequence[str]] | None = None,
+) -> Iterator[Choices]:
+    for source, types in zip(free, ladders or [LADDER] * len(free), strict=True):
+        if advance is not None:
+            advance(source.name)
+        yield measure(source, options, types)
 
 
-def _bpw_budget(options: QuantOptions, free: list[TensorSource]) -> int:
-    assert options.target_bpw is not None
-    weights = sum(s.n_weights for s in free)
-    low, high = _bpw(LADDER[0]), _bpw(LADDER[-1])
-    if not low <= options.target_bpw <= high:
-        raise PlanError(
-            f"--target-bpw {options.target_bpw:g}: the types have {low:g} ({LADDER[0]}) to {high:g} ({LADDER[-1]}) "
-            "bits per weight"
-        )
-    return int(options.target_bpw * weights / 8)
+def _plan(budgets: _Budgets, choices: list[Choices], unit: str, size: int | None) -> Plan:
+    """The plan for ``options.target_bpw`` or, if given, for a file of ``size`` bytes."""
+    others, budget = budgets(size)
+    pad = 1 if size is None else budgets.overhead.alignment
+    costs = [[nbytes + -nbytes % pad for nbytes in choice.nbytes] for choice in choices]
+    columns = [choice.losses or () for choice in choices]
+    picked = choose(costs, columns, budget)
+    types = {choice.source.name: choice.types[i] for choice, i in zip(choices, picked, strict=True)}
+    losses = {choice.source.name: column[i] for choice, column, i in zip(choices, columns, picked, strict=True)}
+    options = budgets.options
+    wish = "--target-bpw" if options.target_bpw is not None else "--target-size"
+    return make_plan(budgets.sources, options, _Allocated(types, others, wish), losses, unit)
 
 
-def _size_budget(
-    options: QuantOptions, sources: list[TensorSource], free: list[TensorSource], overhead: Overhead
-) -> tuple[Scheme, int]:
-    """What decides embedding and output, and the bytes that are left to ``free``."""
-    assert options.target_size is not None
-    names = {s.name for s in free}
-    low, high = (
-        sum(overhead.padded(s.rows * row_bytes(name, s.row_len)) for s in free) for name in (LADDER[0], LADDER[-1])
-    )
-    levels = []
-    for embedding, output, bpw in _LEVELS:
-        scheme = MixtureScheme(Mixture("--target-size", _BASE, embedding, output), [(s.name, s.shape) for s in sources])
-        tensors = make_plan(sources, options, scheme).tensors
-        fixed = overhead.header + sum(overhead.padded(t.nbytes) for t in tensors if t.source.name not in names)
-        levels.append((scheme, fixed, max(low, bpw * sum(s.n_weights for s in free) / 8)))
-    smallest, largest = levels[-1][1] + low, levels[0][1] + high
-    if not smallest <= options.target_size <= largest:
-        raise PlanError(
-            f"--target-size {options.target_size:,} bytes: with these types the file has {smallest:,} to {largest:,} "
-            "bytes"
-        )
-    return next(
-        (scheme, options.target_size - fixed) for scheme, fixed, least in levels if fixed + least <= options.target_size
-    )
+@dataclass(frozen=True)
+class _Budgets:
+    """How many bytes a target leaves to the tensors ``free``, and what decides embedding and output if these are not
+    among them."""
+
+    sources: list[TensorSource]
+    options: QuantOptions
+    free: list[TensorSource]
+    overhead: Overhead
+
+    def check(self) -> None:
+        """Raise ``PlanError`` if the target is beyond what the types can give."""
+        bpw, size = self.options.target_bpw, self.options.target_size
+        if bpw is not None:
+            low, high = _bpw(LADDER[0]), _bpw(LADDER[-1])
+            if not low <= bpw <= high:
+                raise PlanError(
+                    f"--target-bpw {bpw:g}: the types have {low:g} ({LADDER[0]}) to {high:g} ({LADDER[-1]}) bits per "
+                    "weight"
+                )
+        if size is not None:
+            smallest, largest = self.limits()
+            if not smallest <= size <= largest:
+                raise PlanError(
+                    f"--target-size {size:,} bytes: with these types the file has {smallest:,} to {largest:,} bytes"
+                )
+
+    def __call__(self, size: int | None) -> tuple[Scheme, int]:
+        """For a file of ``size`` bytes, or for the bits per weight that the options say."""
+        if size is None:
+            assert self.options.target_bpw is not None
+            return Pure(_BASE), int(self.options.target_bpw * sum(s.n_weights for s in self.free) / 8)
+        return next((scheme, size - fixed) for scheme, fixed, least in self._levels if fixed + least <= size)
+
+    def limits(self) -> tuple[int, int]:
+        """Bytes of the smallest and the largest file."""
+        (_, most, _), (_, least, _) = self._levels[0], self._levels[-1]
+        return least + self._all(LADDER[0]), most + self._all(LADDER[-1])
+
+    def sizes(self, count: int = 10) -> list[int]:
+        """Bytes of ``count`` files, from about the smallest to about the largest, each larger by the same factor, with
+        four digits that are not 0."""
+        low, high = self.limits()
+        sizes = [low * (high / low) ** (i / (count - 1)) for i in range(count)]
+        units = [10 ** max(0, int(log10(size)) - 3) for size in sizes]
+        inner = [round(size / unit) * unit for size, unit in zip(sizes[1:-1], units[1:-1], strict=True)]
+        return [-(-low // units[0]) * units[0], *inner, high // units[-1] * units[-1]]
+
+    def _all(self, name: str) -> int:
+        return sum(self.overhead.padded(s.rows * row_bytes(name, s.row_len)) for s in self.free)
+
+    @cached_property
+    def _levels(self) -> list[tuple[Scheme, int, float]]:
+        """Types of embedding and output, the bytes of all that is not free, and the least that is left to the free."""
+        names = {s.name for s in self.free}
+        shapes = [(s.name, s.shape) for s in self.sources]
+        low, weights = self._all(LADDER[0]), sum(s.n_weights for s in self.free)
+        levels: list[tuple[Scheme, int, float]] = []
+        for embedding, output, bpw in _LEVELS:
+            scheme = MixtureScheme(Mixture("--target-size", _BASE, embedding, output), shapes)
+            tensors = make_plan(self.sources, self.options, scheme).tensors
+            fixed = self.overhead.header + sum(
+                self.overhead.padded(t.nbytes) for t in tensors if t.source.name not in names
+            )
+            levels.append((scheme, fixed, max(low, bpw * weights / 8)))
+        return levels

@@ -42,8 +42,8 @@ class CalibrationOptions:
     the output matrix; ``gradients`` adds the squares of the outputs' gradients, for three to four times the time and 4
     bytes per token, hidden channel and layer (beyond 1 GiB of the disk).
 
-    Of GGUF files only (see ``collect``): ``memory``, bytes for the products, ``None`` half of what is free; ``exact``
-    sets llama.cpp's KV cache to f32 and its flash attention off."""
+    Of GGUF files only (see ``collect``): ``losses`` are measured as well (see ``losses``); ``memory``, bytes for the
+    products, ``None`` half of what is free; ``exact`` sets llama.cpp's KV cache to f32 and its flash attention off."""
 
     ctx: int = 512
     chunks: int | None = None
@@ -52,6 +52,7 @@ class CalibrationOptions:
     gradients: bool = False
     overwrite: bool = False
     memory: int | None = None
+    losses: bool = False
     exact: bool = False
 
 
@@ -73,6 +74,8 @@ def calibrate(
     options = options or CalibrationOptions()
     if options.memory is not None:
         raise ModelError("a folder's layers come one at a time; --memory is for GGUF files", file=model_dir)
+    if options.losses:
+        raise ModelError("losses are measured of GGUF files; of a folder there are --gradients", file=model_dir)
     torch, transformers = _packages(model_dir)
     if not model_dir.is_dir():
         raise ModelError("no such folder", file=model_dir)

@@ -36,10 +36,9 @@ class _Group(click.Group):
             warnings.showwarning = _show_warning
             handler = _LogHandler()
             logger = logging.getLogger(__package__)
-            logger.addHandler(handler)
             level = logger.level
-            if ctx.params.get("verbose"):
-                logger.setLevel(logging.INFO)
+            logger.addHandler(handler)
+            logger.setLevel(logging.DEBUG if ctx.params.get("verbose") else logging.INFO)
             try:
                 return super().invoke(ctx)
             except CcqError as error:
@@ -61,11 +60,14 @@ class _Group(click.Group):
 
 
 class _LogHandler(logging.Handler):
-    """What the converters say (by default only warnings), a line each on stderr."""
+    """What the converters note and warn of, a line each on stderr; with -v also what they tell of each tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
 
     def emit(self, record: logging.LogRecord) -> None:
-        warning = "Warning: " if record.levelno >= logging.WARNING else ""
-        click.echo(f"{warning}{record.getMessage()}", err=True)
+        kind = {logging.DEBUG: "", logging.INFO: "Note: "}.get(record.levelno, "Warning: ")
+        click.echo(f"{kind}{record.getMessage()}", err=True)
 
 
 def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
@@ -88,6 +90,15 @@ def _overrides(_ctx: click.Context, _param: click.Parameter, values: tuple[str, 
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
+
+
+_PERCENT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*%")
+
+
+def _size_or_ratio(ctx: click.Context, param: click.Parameter, value: str | None) -> int | float | None:
+    """Bytes as an int, or ``25%`` as the float 0.25."""
+    match = _PERCENT.fullmatch(value.strip()) if value is not None else None
+    return float(match[1]) / 100 if match else _size(ctx, param, value)
 
 
 def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
@@ -125,19 +136,20 @@ def _quant_options(command: _F) -> _F:
             "that matter most a larger type, and embedding and output smaller ones.",
         ),
         click.option(
+            "--target-size",
+            metavar="SIZE",
+            callback=_size_or_ratio,
+            help="Instead of --type: types for all matrices, embedding and output that lose as little as possible in a "
+            "file of at most SIZE bytes (such as 3.5GB, 3GiB, 700M), or of a part (such as 20%) of what all weights "
+            "take in 16 bits. What a type loses is measured on a part of each matrix, how much that matters in the "
+            "model.",
+        ),
+        click.option(
             "--target-bpw",
             type=float,
             metavar="X",
-            help="Instead of --type: types for all matrices that lose as little as possible at X bits per weight on "
-            "average (embedding and output, q8_0, not counted). What a type loses is measured on a part of each "
-            "matrix; how much that matters is known from an --imatrix with gradients.",
-        ),
-        click.option(
-            "--target-size",
-            metavar="SIZE",
-            callback=_size,
-            help="Instead of --type: the same for a file of at most SIZE bytes (such as 3.5GB, 3GiB, 700M), embedding "
-            "and output included.",
+            help="Instead of --type: the same for X bits per weight on average, embedding and output (q8_0) not "
+            "counted.",
         ),
         click.option(
             "--tensor-type",
@@ -151,12 +163,20 @@ def _quant_options(command: _F) -> _F:
             "--imatrix",
             type=click.Path(path_type=Path),
             help="Importance file that weights the errors of the CCQ types: from 'ccq-convert calibrate' or "
-            "llama.cpp's llama-imatrix (GGUF or the older binary form).",
+            "llama.cpp's llama-imatrix (GGUF or the older binary form).  [measured on a text if a type has under 4 "
+            "bits]",
         ),
         click.option(
             "--hessian",
-            type=click.Path(path_type=Path),
-            help="Hessian file of 'ccq-convert calibrate --hessian': its matrices are encoded with error feedback.",
+            metavar="FILE|auto",
+            help="Hessian file of 'ccq-convert calibrate --hessian': its matrices are encoded with error feedback, "
+            "which takes two to three times as long and loses much less. 'auto' makes one beside the output, and "
+            "removes it.",
+        ),
+        click.option(
+            "--no-calibration",
+            is_flag=True,
+            help="Measure nothing that is not given: at 2 bits most models then talk nonsense.",
         ),
         click.option(
             "--effort",
@@ -185,10 +205,10 @@ def _options(
     output: Path | None,
     type_name: str | None,
     target_bpw: float | None,
-    target_size: int | None,
+    target_size: int | float | None,
     overrides: list[tuple[str, str]],
     imatrix: Path | None,
-    hessian: Path | None,
+    hessian: str | None,
     threads: int,
     effort: str,
     split_max_size: int | None,
@@ -198,12 +218,16 @@ def _options(
         raise click.UsageError("Missing option '-o' / '--output'.")
     if sum(wish is not None for wish in (type_name, target_bpw, target_size)) != 1:
         raise click.UsageError("Give exactly one of --type, --target-bpw and --target-size.")
+    feedback = hessian == "auto"
+    if feedback and flags["no_calibration"]:
+        raise click.UsageError("--hessian auto is a calibration, which --no-calibration excludes.")
     options = QuantOptions(
         type_name,
         target_bpw=target_bpw,
-        target_size=target_size,
+        target_size=target_size if isinstance(target_size, int) else None,
+        target_ratio=target_size if isinstance(target_size, float) else None,
         imatrix=importance.load(imatrix) if imatrix is not None else None,
-        hessian=hessians.Hessians(hessian) if hessian is not None else None,
+        hessian=hessians.Hessians(hessian) if hessian is not None and not feedback else None,
         overrides=overrides,
         threads=threads,
         effort=effort,
@@ -212,6 +236,8 @@ def _options(
         overwrite=flags["overwrite"],
         dry_run=flags["dry_run"],
         resume=flags["resume"],
+        calibrate=not flags["no_calibration"],
+        feedback=feedback,
     )
     return output or Path(), options
 
@@ -293,6 +319,12 @@ def quantize(in_file: Path, allow_requantize: bool, **settings: Any) -> None:
     is_flag=True,
     help="Folder only: also measure how much the outputs of each matrix matter to the model's predictions: takes three "
     "to four times as long, and 4 bytes of memory or disk per token, hidden channel and layer.",
+)
+@click.option(
+    "--losses",
+    is_flag=True,
+    help="GGUF file only: also measure with noise how much each matrix, the embedding and the output matter to the "
+    "model's predictions, for --target-size and --target-bpw. Implies --process-output.",
 )
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")

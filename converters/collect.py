@@ -20,9 +20,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,6 +139,22 @@ class _Input:
         return product
 
 
+def weight_of(ggml: Ggml, node: Node) -> tuple[str, Node] | None:
+    """Name and tensor of the weight that a product in the graph multiplies with."""
+    if node.op not in (ggml.mul_mat, ggml.mul_mat_id):
+        return None
+    weight = Node.from_address(node.src[0])
+    name = name_of(weight)
+    return (name, weight) if name.endswith(".weight") else None
+
+
+def name_of(weight: Node) -> str:
+    """A weight's name in the file."""
+    name = weight.name.decode("utf-8", "replace")
+    match = _SCHEDULER_COPY.match(name)
+    return match[1] if match else name
+
+
 class _Watch:
     """What is seen at the nodes of the graph; the two passes differ in what they do with it."""
 
@@ -147,16 +163,9 @@ class _Watch:
         self.process_output = process_output
 
     def weight(self, node: Node) -> tuple[str, Node] | None:
-        """Name and tensor of the weight that the node multiplies with."""
-        if node.op not in (self.ggml.mul_mat, self.ggml.mul_mat_id):
-            return None
-        weight = Node.from_address(node.src[0])
-        name = weight.name.decode("utf-8", "replace")
-        match = _SCHEDULER_COPY.match(name)
-        name = match[1] if match else name
-        if not name.endswith(".weight") or (is_vocabulary(name) and not self.process_output):
-            return None
-        return name, weight
+        """What :func:`weight_of` gives, if it is of interest."""
+        found = weight_of(self.ggml, node)
+        return None if found and is_vocabulary(found[0]) and not self.process_output else found
 
 
 class _FirstLook(_Watch):
@@ -264,15 +273,15 @@ def calibrate_gguf(
         raise ModelError("gradients need torch and the model's Hugging Face folder", file=model_path)
     load_plugin_for(model_path)
     with ExitStack() as stack:
-        run = stack.enter_context(_Calibration(model_path, text, options, advance))
+        run = stack.enter_context(_Calibration(model_path, text, options))
         inputs = run.first_look()
         passes: list[_Pass] = [[(entry, (0, 0)) for entry in inputs]]
         writer = None
         if hessian is not None:
-            passes = list(_passes(inputs, options.memory or _free_memory()))
+            passes = list(_passes(inputs, options.memory or free_memory() // 2))
             writer = stack.enter_context(HessianWriter(hessian, *_product_shapes(inputs), overwrite=options.overwrite))
             writer.begin()
-        run.collect(passes, writer)
+        run.collect(passes, writer, advance)
         entries = {name: _entry(name, entry, model_path) for entry in inputs for name in entry.names}
         return imatrix.Importance(file, entries, list(datasets), len(run.windows), options.ctx)
 
@@ -288,10 +297,16 @@ def calibrate_file(
 ) -> imatrix.Importance:
     """What ``calibrate.calibrate`` does, of a GGUF file: arguments, files and errors are the same."""
     options = options or CalibrationOptions()
+    if options.losses:
+        options = replace(options, process_output=True)  # it may get few bits then
     refuse_same_file(out, hessian)
     text = read_text(text_path)
     with ModelWriter(out, "", overwrite=options.overwrite) as writer, progress_bar(progress) as bar:
         task = bar.add_task("calibrating", total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
         result = calibrate_gguf(
             model_path,
             text,
@@ -299,8 +314,13 @@ def calibrate_file(
             file=str(out),
             datasets=[str(text_path)],
             hessian=hessian,
-            advance=lambda done, total: bar.update(task, completed=done, total=total),
+            advance=advance,
         )
+        if options.losses:
+            from .losses import measure_losses  # which needs this module
+
+            bar.update(task, description="measuring losses", completed=0, total=None)
+            result = measure_losses(model_path, text, result, threads=options.threads, advance=advance)
         imatrix.fill(writer, result)
     return result
 
@@ -309,17 +329,20 @@ _Pass = list[tuple[_Input, tuple[int, int]]]
 """Inputs in the order of the graph, and of which of its matrices (from, to) a pass computes the products."""
 
 
-class _Calibration:
-    """A model in llama.cpp, the windows of the text, and the threads that evaluate them and that sum up.
+_Run = TypeVar("_Run", bound="GraphRun")
+
+
+class GraphRun:
+    """A model in llama.cpp, the windows of a text, and the threads that evaluate them and that look at the graph.
 
     llama.cpp has a thread to itself, because its call cannot be interrupted, and waiting for it can.  The sums are
     divided between threads of our own, NumPy's BLAS using one in each: its own threads go on spinning after a product,
     which on a machine without spare cores slowed llama.cpp down to a third.
     """
 
-    def __init__(self, path: Path, text: str | Sequence[int], options: CalibrationOptions, advance: Advance | None):
+    def __init__(self, path: Path, text: str | Sequence[int], options: CalibrationOptions):
         self.options = options
-        self.advance = advance
+        self.path = path
         self.model = model = LlamaModel(
             path,
             n_ctx=options.ctx,
@@ -341,7 +364,7 @@ class _Calibration:
             self.close()
             raise
 
-    def __enter__(self) -> _Calibration:
+    def __enter__(self: _Run) -> _Run:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -375,17 +398,34 @@ class _Calibration:
             windows[:, 0] = model.bos
         return windows
 
+    def decode(self, tokens: NDArray[np.int64], low: int = 0, first: int = 0) -> NDArray[np.float32]:
+        """Evaluate the same positions, ``low`` being the first, of some windows, ``[windows, positions]``: the logits
+        of those from the ``first`` on, of one window after the other, valid until the next call.
+
+        If that is not 0, llama.cpp leaves the others out of its last layer as soon as it can.
+        """
+        count, length = tokens.shape
+        sequences = np.repeat(np.arange(count), length).tolist()
+        positions = list(range(low, low + length)) * count
+        outputs = [position >= first for position in positions]
+        run = self.runner.submit(self.model.decode, tokens.reshape(-1).tolist(), positions, sequences, outputs)
+        return run.result()
+
+
+class _Calibration(GraphRun):
+    """The passes of a calibration."""
+
     def first_look(self) -> list[_Input]:
         """The inputs of all matrices, in the order of the graph."""
         look = _FirstLook(self.ggml, self.options.process_output)
         self.model.watch = look
-        self._decode(self.windows[:1, :_FIRST_LOOK], 0)
+        self.decode(self.windows[:1, :_FIRST_LOOK], 0)
         inputs = look.inputs()
         if not inputs:
             raise ImportanceError("llama.cpp's graph has no product with a weight", file=self.model.path)
         return inputs
 
-    def collect(self, passes: list[_Pass], writer: HessianWriter | None = None) -> None:
+    def collect(self, passes: list[_Pass], writer: HessianWriter | None, advance: Advance | None) -> None:
         """Run the text once for each pass; what that computes goes into its inputs, the products to ``writer``."""
         total, done = len(passes) * self.windows.size, 0
         for part in passes:
@@ -398,10 +438,10 @@ class _Calibration:
                 self.model.clear()
                 for low in range(0, self.options.ctx, BATCH):
                     batch = windows[:, low : low + BATCH]
-                    self._decode(batch, low)
+                    self.decode(batch, low)
                     done += batch.size
-                    if self.advance is not None:
-                        self.advance(done, total)
+                    if advance is not None:
+                        advance(done, total)
             for entry, span in part:
                 entry.summed = True
                 if writer is not None:
@@ -409,17 +449,6 @@ class _Calibration:
                         product = entry.product(matrix - span[0])
                         writer.write(entry.stored[0], product, int(entry.counts[matrix]), matrix)
                 entry.begin((0, 0))
-
-    def _decode(self, tokens: NDArray[np.int64], low: int) -> None:
-        """Evaluate the same positions, ``low`` being the first, of some windows, ``[windows, positions]``."""
-        count, length = tokens.shape
-        sequences = np.repeat(np.arange(count), length).tolist()
-        positions = list(range(low, low + length)) * count
-        # Outputs of all tokens are asked for, or llama.cpp would leave the others out of the last layer.
-        run = self.runner.submit(
-            self.model.decode, tokens.reshape(-1).tolist(), positions, sequences, [True] * tokens.size
-        )
-        run.result()
 
 
 def _leave(_node: int, ask: bool) -> bool:
@@ -477,11 +506,11 @@ def _passes(inputs: list[_Input], memory: int) -> Iterator[_Pass]:
         yield part
 
 
-def _free_memory() -> int:
-    """Half of the memory that is free, in bytes; 4 GiB where the system does not say."""
+def free_memory() -> int:
+    """The memory that is free, in bytes; 8 GiB where the system does not say."""
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError:
-        return 4 << 30
+        return 8 << 30
     match = re.search(r"^MemAvailable:\s*(\d+) kB$", text, re.MULTILINE)
-    return int(match[1]) * 512 if match else 4 << 30
+    return int(match[1]) * 1024 if match else 8 << 30

@@ -1,4 +1,4 @@
-"""Look at the nodes of a graph while llama.cpp evaluates it (``cb_eval`` of ``llama_context_params``).
+"""Look at the nodes of a graph while llama.cpp evaluates it, or change them (``cb_eval`` of ``llama_context_params``).
 
 ggml has no functions that return an op, a shape, strides or sources, so these are read from ``struct ggml_tensor``.
 It is declared here as in ggml 0.25 to 0.27 (llama-cpp-python 0.3.36 has 0.25.3), and nothing is believed because it is
@@ -48,7 +48,8 @@ class _InitParams(ctypes.Structure):
 
 
 class Ggml:
-    """The ggml that ``library``, the handle of libllama, uses.  ``mul_mat`` and ``mul_mat_id`` are its op numbers."""
+    """The ggml that ``library``, the handle of libllama, uses.  ``mul_mat``, ``mul_mat_id`` and ``get_rows`` are its op
+    numbers."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         """Raises ``EvalError`` if this ggml lacks a function or lays out tensors in another way."""
@@ -62,11 +63,13 @@ class Ggml:
             "ggml_set_name": (pointer, (pointer, ctypes.c_char_p)),
             "ggml_mul_mat": (pointer, (pointer,) * 3),
             "ggml_mul_mat_id": (pointer, (pointer,) * 4),
+            "ggml_get_rows": (pointer, (pointer,) * 3),
             "ggml_op_name": (ctypes.c_char_p, (number,)),
             "ggml_type_name": (ctypes.c_char_p, (number,)),
             "ggml_nbytes": (ctypes.c_size_t, (pointer,)),
             "ggml_backend_buffer_is_host": (ctypes.c_bool, (pointer,)),
             "ggml_backend_tensor_get": (None, (pointer, pointer, ctypes.c_size_t, ctypes.c_size_t)),
+            "ggml_backend_tensor_set": (None, (pointer, pointer, ctypes.c_size_t, ctypes.c_size_t)),
         }
         self._call: dict[str, Any] = {}
         for name, (result, arguments) in signatures.items():
@@ -75,10 +78,10 @@ class Ggml:
                 self._call[name] = ctypes.CFUNCTYPE(result, *arguments)((name, library))
             except AttributeError:
                 raise EvalError(f"this llama.cpp has no function {name}") from None
-        self.mul_mat, self.mul_mat_id = self._check_layout()
+        self.mul_mat, self.mul_mat_id, self.get_rows = self._check_layout()
 
-    def _check_layout(self) -> tuple[int, int]:
-        """Op numbers of MUL_MAT and MUL_MAT_ID, after every field that is read was seen to hold what it should."""
+    def _check_layout(self) -> tuple[int, int, int]:
+        """Op numbers of MUL_MAT, MUL_MAT_ID and GET_ROWS, after every field that is read was seen to be right."""
         call = self._call
         f32, i32 = (self._type_number(name) for name in ("f32", "i32"))
         context = call["ggml_init"](_InitParams(_MEMORY, None, True))
@@ -95,6 +98,8 @@ class Ggml:
             permuted = Node.from_address(call["ggml_permute"](context, x, 0, 2, 1, 3))
             product = Node.from_address(call["ggml_mul_mat"](context, w, x))
             chosen = Node.from_address(call["ggml_mul_mat_id"](context, experts, tokens, ids))
+            places = new(i32, 5, 1, 1, 1)
+            rows = Node.from_address(call["ggml_get_rows"](context, new(f32, 128, 6, 1, 1), places))
             weight = Node.from_address(w)
             # An object's header of 32 bytes comes before each tensor (struct ggml_object).
             good = (
@@ -108,10 +113,12 @@ class Ggml:
                 and call["ggml_op_name"](weight.op) == b"NONE"
                 and call["ggml_op_name"](product.op) == b"MUL_MAT"
                 and call["ggml_op_name"](chosen.op) == b"MUL_MAT_ID"
+                and call["ggml_op_name"](rows.op) == b"GET_ROWS"
+                and (rows.src[1], list(rows.ne)) == (places, [128, 5, 1, 1])
             )
             if not good:
                 raise EvalError("this llama.cpp lays out tensors in another way than ggml 0.25 to 0.27")
-            return product.op, chosen.op
+            return product.op, chosen.op, rows.op
         finally:
             call["ggml_free"](context)
 
@@ -144,3 +151,12 @@ class Ggml:
             self._call["ggml_backend_tensor_get"](address, memory, 0, nbytes)
         flat: NDArray[Any] = np.ctypeslib.as_array(memory).view(dtype)
         return as_strided(flat, tuple(node.ne)[::-1], tuple(node.nb)[::-1], writeable=False)
+
+    def replace(self, address: int, values: NDArray[np.float32]) -> None:
+        """Give a computed float32 tensor without gaps other values, of the shape that :meth:`values` has."""
+        node = Node.from_address(address)
+        nbytes = int(self._call["ggml_nbytes"](address))
+        data = np.ascontiguousarray(values, np.float32)
+        if self.type_name(node.type) != "f32" or data.nbytes != nbytes or data.shape != tuple(node.ne)[::-1]:
+            raise EvalError(f"a tensor of {list(node.ne)} cannot take values of the shape {data.shape}")
+        self._call["ggml_backend_tensor_set"](address, data.ctypes.data, 0, nbytes)

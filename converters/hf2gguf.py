@@ -49,6 +49,8 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
     Raises ``ModelError`` if the folder cannot be converted (files missing or damaged, architecture or tokenizer not
     supported, tensors missing, unexpected or of a wrong shape), and what ``stream.write_model`` raises.
     """
+    from .automatic import Conversion, calibrated  # which needs what reads folders and files
+
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise ModelError("no such folder", file=model_dir)
@@ -61,15 +63,18 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
     def set_metadata(writer: gguf.GGUFWriter) -> None:
         write_metadata(writer, model_dir, family, vocab, sources, options.type)
 
-    return write_model(
-        out,
-        arch=family.arch_name,
-        set_metadata=set_metadata,
-        sources=sources,
-        options=options,
-        progress=progress,
-        files=[model_dir / "config.json", *checkpoint.files],
-    )
+    files = [model_dir / "config.json", *checkpoint.files]
+    conversion = Conversion(Path(out), family.arch_name, sources, files, set_metadata, progress=progress)
+    with calibrated(conversion, options) as options:
+        return write_model(
+            out,
+            arch=family.arch_name,
+            set_metadata=set_metadata,
+            sources=sources,
+            options=options,
+            progress=progress,
+            files=files,
+        )
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------

@@ -13,28 +13,32 @@ counts per expert: an expert that was never hit has the mean square 1 in every c
 
 Files of ``ccq-convert calibrate --gradients`` have a third tensor per matrix, ``NAME.out_grad2``, f32
 ``[matrices, rows]``: for each of its outputs, rows in the order of the model's GGUF file, the sum over the same tokens
-of the squared gradient that ``backward`` defines.  llama.cpp passes over it.
+of the squared gradient that ``backward`` defines.  Files of ``ccq-convert calibrate --losses`` have a tensor
+``NAME.loss``, f32 ``[1]``, of every matrix or embedding whose loss was measured: nats of KL divergence per token for a
+relative squared error of 1 (see ``losses``).  llama.cpp passes over both.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from ccq_format.errors import ImportanceError
-from ccq_format.gguf_io import ModelWriter, open_model
+from ccq_format.gguf_io import ModelWriter, TensorInfo, open_model
 
 log = logging.getLogger(__name__)
 
-_SUMS, _COUNTS, _GRADIENTS = ".in_sum2", ".counts", ".out_grad2"
+_SUMS, _COUNTS, _GRADIENTS, _LOSS = ".in_sum2", ".counts", ".out_grad2", ".loss"
 
 RARE = 32
 """An expert hit by fewer tokens than this counts as rarely hit; also the weight, in tokens, of the mean over all
@@ -71,6 +75,9 @@ class Entry:
 class Importance:
     """The contents of an importance file.  ``file`` is its path as given, ``datasets`` the texts it was made of.
 
+    ``losses`` are what errors of a tensor cost where that was measured (``losses``), in nats of KL divergence per token
+    and relative squared error; an embedding has such a loss and no entry.
+
     ``borrowed`` and ``estimated`` name those entries that the file does not have (see ``borrow``), with the tensor that
     each was taken or derived from."""
 
@@ -79,11 +86,17 @@ class Importance:
     datasets: list[str] = field(default_factory=list)
     chunk_count: int = 0
     chunk_size: int = 0
+    losses: Mapping[str, float] = field(default_factory=dict)
     borrowed: Mapping[str, str] = field(default_factory=dict)
     estimated: Mapping[str, str] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
+
+    @property
+    def knows_losses(self) -> bool:
+        """Whether it tells what errors cost, of some tensors at least."""
+        return bool(self.losses) or any(entry.gradients is not None for entry in self.entries.values())
 
     def check(self, name: str, n_matrices: int, row_len: int) -> None:
         """Raise ``ImportanceError`` if the entry of ``name`` does not fit ``n_matrices`` matrices of ``row_len``
@@ -137,6 +150,16 @@ class Importance:
             return None
         _, _, mean = self._moments(name, n_matrices, row_len)
         return np.array(np.broadcast_to(mean, (n_matrices, row_len)), np.float32)
+
+    def input_weights(self, name: str, n_matrices: int, row_len: int) -> NDArray[np.float64] | None:
+        """What the square of each weight's error counts in the sum of the squared errors of all outputs: the sum over
+        the tokens of ``x_j^2``, float64 ``[n_matrices, row_len]``; of an expert those that were routed to it.
+        ``None`` if there is no entry.  Raises ``ImportanceError`` if the entry has another shape.
+        """
+        if name not in self.entries:
+            return None
+        sums, _, _ = self._moments(name, n_matrices, row_len)
+        return np.broadcast_to(sums, (n_matrices, row_len))
 
     def _moments(
         self, name: str, n_matrices: int, row_len: int
@@ -251,7 +274,11 @@ def _usable(file: str, name: str, entry: Entry) -> Entry | None:
 def _load_gguf(file: str) -> Importance:
     model = open_model(file)
     pairs: dict[str, dict[str, NDArray[np.float32]]] = {}
+    losses: dict[str, float] = {}
     for tensor in model.tensors:
+        if tensor.name.endswith(_LOSS):
+            losses[tensor.name.removesuffix(_LOSS)] = _loss(file, tensor)
+            continue
         for suffix in (_SUMS, _COUNTS, _GRADIENTS):
             if tensor.name.endswith(suffix) and tensor.name != suffix:
                 if tensor.type_name != "f32":
@@ -276,7 +303,16 @@ def _load_gguf(file: str) -> Importance:
             raise ImportanceError(f"{key} is {value!r}", file=file)
         numbers.append(value)
     chunk_count, chunk_size = numbers
-    return Importance(file, entries, datasets, chunk_count, chunk_size)
+    return Importance(file, entries, datasets, chunk_count, chunk_size, losses)
+
+
+def _loss(file: str, tensor: TensorInfo) -> float:
+    if tensor.type_name != "f32" or tensor.shape != (1,):
+        raise ImportanceError(f"is {tensor.type_name} {list(tensor.shape)}, not f32 [1]", file=file, tensor=tensor.name)
+    value = float(tensor.data()[0])
+    if not 0 <= value < math.inf:
+        raise ImportanceError(f"is {value}", file=file, tensor=tensor.name)
+    return value
 
 
 class _Bytes:
@@ -348,16 +384,17 @@ def fill(writer: ModelWriter, importance: Importance) -> None:
     kv.add_key_value("imatrix.datasets", importance.datasets, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING)
     kv.add_uint32("imatrix.chunk_count", importance.chunk_count)
     kv.add_uint32("imatrix.chunk_size", importance.chunk_size)
-    arrays = []
+    arrays: list[tuple[str, NDArray[Any]]] = []
     for name, entry in sorted(importance.entries.items()):
         sums = entry.sums.reshape(entry.counts.size, -1)
         counts = entry.counts.astype(np.float32)[:, None]
         parts = [(_SUMS, sums), (_COUNTS, counts)]
         if entry.gradients is not None:
             parts.append((_GRADIENTS, entry.gradients.reshape(entry.counts.size, -1)))
-        for suffix, array in parts:
-            writer.add_tensor(name + suffix, "f32", array.shape)
-            arrays.append((name + suffix, array))
+        arrays += [(name + suffix, array) for suffix, array in parts]
+    arrays += [(name + _LOSS, np.array([loss], np.float32)) for name, loss in sorted(importance.losses.items())]
+    for name, array in arrays:
+        writer.add_tensor(name, "f32", array.shape)
     writer.begin()
     for name, array in arrays:
         writer.write(name, array)

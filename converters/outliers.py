@@ -140,7 +140,7 @@ class Report:
         """Note a tensor that is done."""
         if not errors.weights:
             return
-        log.info(
+        log.debug(
             "%s: %s, squared error %.4f of its power, worst block %.3g of the mean block's power, "
             "%d blocks with outliers",
             errors.tensor,

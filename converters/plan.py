@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol
@@ -86,12 +86,15 @@ class QuantOptions:
     """What the user asked for.
 
     ``type`` is a type or a mixture (``mixtures.MIXTURES``); ``None`` where types are to be allocated to an average of
-    ``target_bpw`` bits per weight or a file of ``target_size`` bytes (see ``allocate``); exactly one of the three.
+    ``target_bpw`` bits per weight or a file of ``target_size`` bytes, or ``target_ratio`` times what all weights take
+    in 16 bits (see ``allocate``); exactly one of the four.
     ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
     errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
-    one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``resume`` keeps what an
-    interrupted conversion has encoded, and goes on there; no file of the output is larger than ``split_max_size`` bytes
-    (see ``ccq_format.gguf_io.SplitWriter``).  ``resume.job_of`` must know which fields change no byte.
+    one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``calibrate`` lets
+    ``automatic`` measure the data that few bits need and that are not given, with ``feedback`` Hessians as well;
+    ``resume`` keeps what an interrupted conversion has encoded, and goes on there; no file of the output is larger than
+    ``split_max_size`` bytes (see ``ccq_format.gguf_io.SplitWriter``).  ``resume.job_of`` must know which fields change
+    no byte.
     """
 
     type: str | None = None
@@ -106,10 +109,14 @@ class QuantOptions:
     hessian: Hessians | None = None
     target_bpw: float | None = None
     target_size: int | None = None
+    target_ratio: float | None = None
+    calibrate: bool = False
+    feedback: bool = False
     split_max_size: int | None = None
 
     def __post_init__(self) -> None:
-        if sum(wish is not None for wish in (self.type, self.target_bpw, self.target_size)) != 1:
+        wishes = (self.type, self.target_bpw, self.target_size, self.target_ratio)
+        if sum(wish is not None for wish in wishes) != 1:
             raise PlanError("give exactly one of --type, --target-bpw and --target-size")
 
 
@@ -152,7 +159,10 @@ class Pure:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tensors of the output in file order, with totals."""
+    """All tensors of the output in file order, with totals.
+
+    ``curve``: bytes of other files, and what they are expected to lose; ``instead``: bytes of this file, and what one
+    with types by loss would lose in them."""
 
     tensors: list[PlannedTensor]
     fallback_count: int
@@ -161,6 +171,8 @@ class Plan:
     loss_unit: str | None = None
     unknown: tuple[str, ...] = ()
     """Matrices that no rule of ``rules`` names."""
+    curve: Sequence[tuple[int, float]] = ()
+    instead: tuple[int, float] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -176,6 +188,11 @@ class Plan:
     def file_bpw(self) -> float:
         """Bits per weight of the file: all tensor bytes over all weights, as llama.cpp prints it on loading."""
         return 8 * self.nbytes / max(1, self.n_weights)
+
+    @property
+    def loss(self) -> float:
+        """The expected loss of all tensors together, in ``loss_unit``."""
+        return sum(t.loss or 0.0 for t in self.tensors)
 
     def warnings(self) -> list[str]:
         """A line each: how many tensors and bytes fell back to another type, and which matrices no rule names."""
@@ -198,7 +215,7 @@ class Plan:
     def table(self) -> str:
         """The plan as plain text: one line per tensor, with its share of the expected loss where that was measured,
         then one line per type, then the totals."""
-        total = sum(t.loss or 0.0 for t in self.tensors)
+        total = self.loss
         head = ["tensor", "shape", "from", "type", "bytes"]
         rows = [[*head, "loss", "why"] if total else [*head, "why"]]
         for t in self.tensors:
@@ -215,7 +232,18 @@ class Plan:
             ]
             lines.append("  ".join([*cells, row[last]]))
         lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, *self.by_type(), self.summary()])
+        return "\n".join([*lines, *self.by_type(), *self._curve(), self.summary()])
+
+    def _curve(self) -> list[str]:
+        """What other files are expected to lose, one line each."""
+        lines = [f"--target-size  bits per weight  expected loss, {self.loss_unit}"] if self.curve else []
+        for nbytes, loss in self.curve:
+            lines.append(f"{nbytes / 1e6:>11.7g}MB  {8 * nbytes / max(1, self.n_weights):>15.3f}  {loss:.4g}")
+        if self.instead is not None:
+            lines.append(
+                f"--target-size {self.instead[0]} instead, of the same size: expected loss {self.instead[1]:.4g}"
+            )
+        return lines
 
     def by_type(self) -> list[str]:
         """One line per type, the type with the most weights first."""
@@ -239,7 +267,7 @@ class Plan:
     def _expectation(self) -> str:
         if self.loss_unit is None:
             return ""
-        return f", expected loss {sum(t.loss or 0.0 for t in self.tensors):.4g} {self.loss_unit}"
+        return f", expected loss {self.loss:.4g} {self.loss_unit}"
 
 
 def parse_type(text: str) -> str:
@@ -384,10 +412,26 @@ def scheme_of(name: str, sources: list[TensorSource]) -> Scheme:
     return Pure(parse_type(name))
 
 
-def free_matrices(sources: list[TensorSource], options: QuantOptions) -> list[TensorSource]:
-    """The matrices whose type is the scheme's choice.  Raises ``PlanError`` as :func:`make_plan` does for patterns."""
+@dataclass(frozen=True)
+class _Free:
+    """Marks what is a scheme's choice: matrices, and embedding and output if their names are among ``names``."""
+
+    names: Container[str]
+
+    def matrix(self, name: str) -> tuple[str, str]:
+        return "free", ""
+
+    def vocabulary(self, name: str) -> tuple[str, str]:
+        return ("free" if name in self.names else "q8_0"), ""
+
+
+def free_matrices(
+    sources: list[TensorSource], options: QuantOptions, vocabulary: Container[str] = ()
+) -> list[TensorSource]:
+    """The matrices whose type is the scheme's choice, embedding and output if ``vocabulary`` names them.  Raises
+    ``PlanError`` as :func:`make_plan` does for patterns."""
     chooser = _Chooser(sources, options)
-    return [source for source in sources if chooser.choose(source, Pure("free"))[0] == "free"]
+    return [source for source in sources if chooser.choose(source, _Free(vocabulary))[0] == "free"]
 
 
 def _overrides(sources: list[TensorSource], options: QuantOptions) -> list[tuple[re.Pattern[str], str]]:

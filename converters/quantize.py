@@ -33,19 +33,26 @@ def quantize(
 
     Raises ``TensorTypeError`` for a source of any other type, and what ``open_model`` and ``write_model`` raise.
     """
+    from .automatic import Conversion, calibrated  # which needs this module
+
     model = open_model(in_path)
     if not options.dry_run:
         refuse_same(model, out_path)
     sources = sources_of(model, allow_requantize)
-    return write_model(
-        out_path,
-        arch=model.arch,
-        sources=sources,
-        options=options,
-        progress=progress,
-        copy_from=model,
-        files=[Path(file) for file in model.files],
+    files = [Path(file) for file in model.files]
+    conversion = Conversion(
+        Path(out_path), model.arch, sources, files, copy_from=model, runnable=Path(in_path), progress=progress
     )
+    with calibrated(conversion, options) as options:
+        return write_model(
+            out_path,
+            arch=model.arch,
+            sources=sources,
+            options=options,
+            progress=progress,
+            copy_from=model,
+            files=files,
+        )
 
 
 def refuse_same(model: Model, out_path: str | os.PathLike[str]) -> None:

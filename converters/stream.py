@@ -22,7 +22,7 @@ from ccq_format.errors import CcqError, ImportanceError
 from ccq_format.gguf_io import Model, ModelWriter, SplitWriter
 
 from . import borrow
-from .allocate import Overhead, allocate, spare
+from .allocate import Overhead, allocate, compared, spare
 from .encode import check_weights, encode_rows, rows_of_importance
 from .feedback import Factors, encode_with_feedback, factorize
 from .hessian import Hessians
@@ -78,21 +78,23 @@ def write_model(
 
     Raises ``PlanError``, ``WeightsError`` and ``ImportanceError`` (naming the tensor) and ``OutputError``.
     """
+    options = _sized(options, sources)
     if options.imatrix is not None:
         options = replace(options, imatrix=borrow.complete(options.imatrix, sources))
     if options.hessian is not None:
         options = replace(options, hessian=borrow.complete_hessians(options.hessian, sources))
-    if options.type is not None:
+    losses_known = options.imatrix is not None and options.imatrix.knows_losses
+    if options.type is not None and not (options.dry_run and losses_known):
         plan = make_plan(sources, options)
         if isinstance(scheme_of(options.type, sources), MixtureScheme):
             plan = _spared(plan, options, progress)
     else:
-        plan = _allocated_plan(arch, set_metadata, sources, options, progress, copy_from)
+        plan = _measured_plan(arch, set_metadata, sources, options, progress, copy_from)
     for warning in plan.warnings():
         log.warning(warning)
     if options.imatrix is not None:
         check_importance(plan, options.imatrix)
-    elif options.hessian is None:
+    elif options.hessian is None and not (options.calibrate and options.dry_run):
         warn_without_data(plan)
     if options.hessian is not None:
         check_hessians(plan, options.hessian)
@@ -111,6 +113,14 @@ def write_model(
     return plan
 
 
+def _sized(options: QuantOptions, sources: list[TensorSource]) -> QuantOptions:
+    """The options with a size in bytes instead of a part of the model's size in 16 bits."""
+    if options.target_ratio is None:
+        return options
+    size = int(options.target_ratio * 2 * sum(source.n_weights for source in sources))
+    return replace(options, target_size=size, target_ratio=None)
+
+
 NEEDS_DATA = 4.0
 """Bits per weight below which a type needs to know which inputs matter.
 
@@ -119,9 +129,14 @@ Without that SmolLM2-135M in CCQ_T2 has a KL divergence from itself of 6.0 and t
 channels of real models carry most of the signal, and errors that count alike waste the bits on the others."""
 
 
+def lacks_data(plan: Plan) -> list[PlannedTensor]:
+    """The matrices that get fewer than ``NEEDS_DATA`` bits per weight: they need to know which inputs matter."""
+    return [t for t in plan.tensors if _wants_data(t) and 8 * t.nbytes < NEEDS_DATA * t.source.n_weights]
+
+
 def warn_without_data(plan: Plan) -> None:
-    """Warn, in one line, if matrices get fewer than ``NEEDS_DATA`` bits per weight and no data says which matter."""
-    few = [t for t in plan.tensors if _wants_data(t) and 8 * t.nbytes < NEEDS_DATA * t.source.n_weights]
+    """Warn, in one line, of matrices that lack data."""
+    few = lacks_data(plan)
     if few:
         log.warning(
             "%d matrices get under %g bits per weight without importance data: at 2 bits most models then talk "
@@ -272,7 +287,7 @@ def _declare(
         writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
 
 
-def _allocated_plan(
+def _measured_plan(
     arch: str,
     set_metadata: Callable[[gguf.GGUFWriter], None] | None,
     sources: list[TensorSource],
@@ -280,25 +295,25 @@ def _allocated_plan(
     progress: bool,
     copy_from: Model | None,
 ) -> Plan:
-    """The plan for a target size, with a progress bar while losses are measured."""
-    overhead = None
-    if options.target_size is not None:
-        # The header has the same size whichever T types the tensors have: write it and look.
-        like = make_plan(sources, replace(options, type="ccq_t2", target_size=None))
-        with tempfile.TemporaryDirectory() as folder:
-            writer = ModelWriter(os.path.join(folder, "header.gguf"), arch)
-            try:
-                _declare(writer, like, options, set_metadata, copy_from)
-                writer.begin()
-            finally:
-                writer.abort()
-        overhead = Overhead(writer.header_bytes, writer.gguf.data_alignment)
+    """The plan for a target, or what a plan by names is expected to lose, with a progress bar."""
+    # The header has the same size whichever T types the tensors have: write it and look.
+    like = make_plan(sources, replace(options, type=options.type or "ccq_t2", target_size=None, target_bpw=None))
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ModelWriter(os.path.join(folder, "header.gguf"), arch)
+        try:
+            _declare(writer, like, options, set_metadata, copy_from)
+            writer.begin()
+        finally:
+            writer.abort()
+    overhead = Overhead(writer.header_bytes, writer.gguf.data_alignment)
     with progress_bar(progress) as bar:
         task = bar.add_task("", total=sum(len(s.shape) > 1 for s in sources))
 
         def advance(name: str) -> None:
             bar.update(task, description=f"measuring {name}", advance=1)
 
+        if options.type is not None:
+            return compared(like, sources, options, overhead, advance)
         return allocate(sources, options, overhead, advance)
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ccq_converters import allocate, imatrix
-from ccq_converters.allocate import choose, measure
+from ccq_converters.allocate import Choices, choose, completed, measure
 from ccq_converters.cli import _size, main
 from ccq_converters.encode import encode_rows
 from ccq_converters.mixtures import LADDER
@@ -24,6 +25,8 @@ from ccq_converters.plan import QuantOptions, TensorSource, row_bytes
 from ccq_format import codec, layouts
 from ccq_format.errors import ImportanceError, PlanError, WeightsError
 from ccq_format.gguf_io import ModelWriter, open_model
+
+from .cli_common import without_calibration
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "manllama-4m"
 
@@ -129,29 +132,36 @@ def decoded(name: str, x: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
 OPTIONS = QuantOptions(target_bpw=2.6, threads=1)
 
 
-def test_without_data_the_loss_is_the_relative_error() -> None:
+def test_without_data_relative_errors_are_measured() -> None:
     x = gaussian(20, 128)
     choices = measure(source("w", x), OPTIONS)
+    assert choices.losses is None
     assert choices.types == LADDER
     assert list(choices.nbytes) == [20 * row_bytes(name, 128) for name in LADDER]
-    for name, loss in zip(choices.types, choices.losses, strict=True):
+    for name, found in zip(choices.types, choices.errors, strict=True):
         error = decoded(name, x, None) - x
-        assert loss == pytest.approx(np.square(error, dtype=np.float64).sum() / np.square(x, dtype=np.float64).sum())
-    assert sorted(choices.losses, reverse=True) == list(choices.losses)
+        assert found == pytest.approx(np.square(error, dtype=np.float64).sum() / np.square(x, dtype=np.float64).sum())
+    assert sorted(choices.errors, reverse=True) == list(choices.errors)
 
 
-def test_importance_alone_is_used_for_encoding() -> None:
+@pytest.mark.parametrize("loss", [None, 0.25])
+def test_importance_weights_the_errors(loss: float | None) -> None:
+    """Each by the sum of its input's squares, so that an expert that was never hit has no part in them."""
     x = gaussian(3, 8, 64)
     hits = np.array([50.0, 0.0, 150.0])
     sums = np.random.default_rng(1).uniform(0.1, 4, (3, 64)).astype(np.float32) * hits[:, None].astype(np.float32)
     data = importance({"e": imatrix.Entry(sums.reshape(-1), hits)})
+    data = replace(data, losses={"e": loss} if loss is not None else {})
     choices = measure(source("e", x), QuantOptions(target_bpw=2.6, threads=1, imatrix=data))
     mean = data.for_tensor("e", 3, 64)
     assert mean is not None
     flat = x.reshape(24, 64)
-    for name, loss in zip(choices.types, choices.losses, strict=True):
+    weights = np.repeat(sums.astype(np.float64), 8, axis=0)
+    for name, found in zip(choices.types, choices.errors, strict=True):
         error = np.square(decoded(name, flat, np.repeat(mean, 8, axis=0)) - flat, dtype=np.float64)
-        assert loss == pytest.approx(error.sum() / np.square(flat, dtype=np.float64).sum(), rel=1e-5)
+        expected = (error * weights).sum() / (np.square(flat, dtype=np.float64) * weights).sum()
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert choices.losses == (tuple(loss * e for e in choices.errors) if loss is not None else None)
 
 
 def test_gradients_give_the_expected_divergence() -> None:
@@ -164,6 +174,7 @@ def test_gradients_give_the_expected_divergence() -> None:
     choices = measure(source("e", x), QuantOptions(target_bpw=2.6, threads=1, imatrix=data))
     weights = data.for_tensor("e", 2, 64)
     assert weights is not None
+    assert choices.losses is not None
     for name, loss in zip(choices.types, choices.losses, strict=True):
         flat = x.reshape(32, 64)
         error = (decoded(name, flat, np.repeat(weights, 16, axis=0)) - flat).reshape(x.shape)[0].astype(np.float64)
@@ -181,30 +192,48 @@ def test_a_sample_of_rows_stands_for_all(monkeypatch: pytest.MonkeyPatch, with_g
     loaded: list[int] = []
     flat = source("w", x)
     counting = TensorSource("w", x.shape, lambda a, b: (loaded.append(b - a), flat.load_rows(a, b))[1], "f32")
-    full = measure(flat, options).losses
+    full = measure(flat, options)
     monkeypatch.setattr(allocate, "SAMPLE", 128 * 64)
-    part = measure(counting, options).losses
+    part = measure(counting, options)
     assert sum(loaded) == 1024 + 128  # one look at all for outliers, then the sample
     # Every other row has nine times the loss: (9 - 1) / (9 + 1) / sqrt(128) = 7 % standard error of the sum.
-    np.testing.assert_allclose(part, full, rtol=0.2)
+    np.testing.assert_allclose(part.errors, full.errors, rtol=0.2)
+    if with_gradients:
+        np.testing.assert_allclose(part.losses or (), full.losses or (), rtol=0.2)
 
 
 def test_weights_that_no_type_holds() -> None:
     x = gaussian(4, 64)
-    assert measure(source("zero", np.zeros((4, 64), np.float32)), OPTIONS).losses == (0.0,) * len(LADDER)
+    assert measure(source("zero", np.zeros((4, 64), np.float32)), OPTIONS).errors == (0.0,) * len(LADDER)
     x[1, 5] = np.nan
     with pytest.raises(WeightsError, match=r"tensor 'w'.*NaN"):
         measure(source("w", x), OPTIONS)
     x[1, 5] = 1e9
-    losses = dict(zip(LADDER, measure(source("w", x), OPTIONS).losses, strict=True))
-    assert losses["q4_0"] == math.inf  # its scale is a float16
+    errors = dict(zip(LADDER, measure(source("w", x), OPTIONS).errors, strict=True))
+    assert errors["q4_0"] == math.inf  # its scale is a float16
+
+
+def known(name: str, loss: float | None) -> Choices:
+    return Choices(source(name, gaussian(2, 64)), ("a", "b"), (1, 2), (0.1, 0.01), loss and (0.1 * loss, 0.01 * loss))
+
+
+def test_unknown_losses_are_those_of_near_layers() -> None:
+    """Linear in the logarithm between two layers, constant beyond them, a mean where there is no such matrix."""
+    given = {"blk.2.attn_v.weight": 1.0, "blk.4.attn_v.weight": 16.0, "blk.0.ffn_up.weight": 4.0}
+    names = [*given, *(f"blk.{layer}.attn_v.weight" for layer in (0, 3, 9)), "blk.1.ffn_down.weight"]
+    found, unit = completed([known(name, given.get(name)) for name in names])
+    assert unit == allocate.KL_UNIT
+    losses = {choice.source.name: choice.unit_loss for choice in found}
+    expected = {**given, "blk.0.attn_v.weight": 1, "blk.3.attn_v.weight": 4, "blk.9.attn_v.weight": 16}
+    assert losses == pytest.approx({**expected, "blk.1.ffn_down.weight": 4})
+    assert completed([known(name, None) for name in names])[1] == allocate.RELATIVE_UNIT
 
 
 # --- plans and files ------------------------------------------------------------------------------------------------
 
 
 def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
+    return CliRunner().invoke(main, without_calibration(args))
 
 
 TENSORS = {
@@ -295,7 +324,16 @@ def test_dry_run_shows_the_losses_and_writes_nothing(model: Path, tmp_path: Path
     assert "q8_0" in rows["blk.0.attn_v.weight"]  # worth a thousand times its share
     assert "nats of KL divergence per token" in lines[-2]
     assert re.fullmatch(r"expected time: \d+(\.\d+)? s with 1 thread", lines[-1])
-    assert any(line.startswith("q8_0: 3 tensors") for line in lines)
+    start = next(i for i, line in enumerate(lines) if line.startswith("--target-size  bits per weight"))
+    curve = [line.split() for line in lines[start + 1 : -2]]
+    assert len(curve) == 10
+    assert [float(row[2]) for row in curve] == sorted((float(row[2]) for row in curve), reverse=True)
+    size, bits, loss = curve[4]
+    other = run("quantize", model, "--target-size", size, "--imatrix", data, "--threads", 1, "--dry-run").stdout
+    last = other.splitlines()[-2]
+    assert f"expected loss {loss} nats" in last
+    assert float(last.split(" bits per weight")[0].split()[-1]) <= float(bits)
+    assert any(line.startswith("q8_0: 4 tensors") for line in lines)
     assert run(*args).stdout == result.stdout
     without = run("quantize", model, "--target-bpw", 2.6, "--threads", 1, "--dry-run").stdout
     assert "mean relative error" in without.splitlines()[-2]
@@ -369,11 +407,11 @@ def test_a_folder_to_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_interrupted_while_measuring(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def interrupt(source: TensorSource, options: QuantOptions) -> allocate.Choices:
+    def interrupt(source: TensorSource, options: QuantOptions, types: Sequence[str]) -> allocate.Choices:
         done.append(source.name)
         if len(done) == 3:
             raise KeyboardInterrupt
-        return measure(source, options)
+        return measure(source, options, types)
 
     monkeypatch.setattr(allocate, "measure", interrupt)
     result = run("quantize", model, "-o", tmp_path / "out.gguf", "--target-size", 100_000, "--threads", 1)
@@ -411,26 +449,55 @@ def test_units(text: str, nbytes: int) -> None:
     assert _size(None, None, text) == nbytes  # type: ignore[arg-type]
 
 
+def test_a_part_of_the_size_in_16_bits(model: Path, tmp_path: Path) -> None:
+    weights = sum(x.size for x in TENSORS.values())
+    size = str(int(0.3 * 2 * weights))
+    results = [run("quantize", model, "--dry-run", "--threads", 1, "--target-size", s) for s in ("30%", size)]
+    assert results[0].exit_code == 0, results[0].output
+    assert results[0].stdout == results[1].stdout
+    assert "no size such as" in run("quantize", model, "--dry-run", "--target-size", "%").stderr
+
+
+def test_embedding_and_output_are_chosen_by_their_losses(model: Path, tmp_path: Path) -> None:
+    vocabulary = ("token_embd.weight", "output.weight")
+    entries = {
+        name: imatrix.Entry(np.full(TENSORS[name].shape[1], 100, np.float32), np.array([100.0])) for name in FREE
+    }
+    found = {}
+    for dear in vocabulary:
+        losses = {name: 10.0 if name == dear else 0.01 for name in (*FREE, *vocabulary)}
+        with ModelWriter(tmp_path / "data.gguf", "", overwrite=True) as out:
+            imatrix.fill(out, replace(importance(entries), losses=losses))
+        args = ("--imatrix", tmp_path / "data.gguf", "--threads", 1, "--overwrite")
+        assert run("quantize", model, "-o", tmp_path / "o.gguf", "--target-size", 95_000, *args).exit_code == 0
+        assert (tmp_path / "o.gguf").stat().st_size <= 95_000
+        found[dear] = types_of(tmp_path / "o.gguf")
+    assert found["token_embd.weight"]["token_embd.weight"] == found["output.weight"]["output.weight"] == "q8_0"
+    assert found["token_embd.weight"]["output.weight"].startswith("ccq")
+    assert found["output.weight"]["token_embd.weight"].startswith("ccq")
+    assert run("quantize", model, "-o", tmp_path / "o.gguf", "--target-bpw", 2, *args).exit_code == 0
+    assert {types_of(tmp_path / "o.gguf")[name] for name in vocabulary} == {"q8_0"}
+
+
+@pytest.mark.parametrize("kind", ["t2_m", "p2", "q8_0"])
+def test_what_a_type_loses_beside_a_plan_of_its_size(model: Path, tmp_path: Path, kind: str) -> None:
+    data = write_data(tmp_path / "data.gguf")
+    result = run("quantize", model, "--type", kind, "--imatrix", data, "--threads", 1, "--dry-run")
+    assert result.exit_code == 0, result.output
+    *_, instead, last = result.stdout.splitlines()
+    size, loss = int(instead.split()[1]), float(instead.split()[-1])
+    assert loss <= float(last.split("expected loss ")[1].split()[0])
+    out = tmp_path / "out.gguf"
+    assert run("quantize", model, "-o", out, "--type", kind, "--imatrix", data, "--threads", 1).exit_code == 0
+    assert size - 128 <= out.stat().st_size <= size
+
+
 def test_gradients_of_some_matrices_only(model: Path, tmp_path: Path) -> None:
+    """Those of the others follow from the ones that are known."""
     data = write_data(tmp_path / "data.gguf", gradients=FREE[:2])
     result = run("quantize", model, "--dry-run", "--target-bpw", 2.5, "--imatrix", data, "--threads", 1)
-    assert result.exit_code == 1
-    assert "data.gguf" in result.stderr
-    assert "tensor 'blk.0.ffn_up.weight'" in result.stderr
-    pinned = run(
-        "quantize",
-        model,
-        "--dry-run",
-        "--target-bpw",
-        2.5,
-        "--imatrix",
-        data,
-        "--tensor-type",
-        "ffn=t2",
-        "--threads",
-        1,
-    )
-    assert pinned.exit_code == 0, pinned.output
+    assert result.exit_code == 0, result.output
+    assert "nats of KL divergence" in result.stdout
 
 
 def test_importance_of_another_model(model: Path, tmp_path: Path) -> None:

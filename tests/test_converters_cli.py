@@ -20,14 +20,14 @@ from ccq_converters.plan import STOCK_TYPES
 from ccq_format import codec, layouts
 from ccq_format.gguf_io import ModelWriter, open_model
 
-from .cli_common import without_advice
+from .cli_common import without_advice, without_calibration
 
 RNG_SEED = 7
 CCQ = [layout.name for layout in layouts.LAYOUTS]
 
 
 def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
+    return CliRunner().invoke(main, without_calibration(args))
 
 
 def ok(*args: object) -> str:
@@ -299,7 +299,7 @@ def test_interrupt_leaves_no_file(tmp_path: Path) -> None:
     out.mkdir()
     command = [sys.executable, "-m", "ccq_converters.cli", "quantize", str(tmp_path / "in.gguf"), "--type", "t3"]
     child = subprocess.Popen(
-        [*command, "-o", str(out / "o.gguf")],
+        [*command, "-o", str(out / "o.gguf"), "--no-calibration"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         # A shell starts background jobs with SIGINT ignored, and children inherit that.

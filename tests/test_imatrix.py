@@ -16,6 +16,7 @@ from ccq_converters.encode import encode_rows
 from ccq_format.errors import CcqError, FormatError, ImportanceError, InputError
 from ccq_format.gguf_io import ModelWriter, open_model
 
+from .cli_common import without_calibration
 from .test_converters_cli import write_gguf
 
 DATA = Path(__file__).parent / "data"
@@ -439,7 +440,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
+    return CliRunner().invoke(main, without_calibration(args))
 
 
 def refused(*args: object) -> str:

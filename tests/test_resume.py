@@ -29,7 +29,7 @@ from ccq_converters.resume import job_of
 from ccq_format import _writer
 from ccq_format.gguf_io import ModelWriter
 
-from .cli_common import without_advice
+from .cli_common import without_advice, without_calibration
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "manllama-4m"
 NORM = "blk.0.attn_norm.weight"
@@ -45,7 +45,7 @@ TOTAL = sum(CALLS.values())
 
 
 def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args], catch_exceptions=True)
+    return CliRunner().invoke(main, without_calibration(args), catch_exceptions=True)
 
 
 def gaussian(*shape: int, seed: int = 3) -> np.ndarray:
@@ -618,7 +618,7 @@ def test_dry_run(source: Path, folder: Path, calls: Calls) -> None:
 def test_signals(tmp_path: Path, folder: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "in.gguf"
     write_gguf(source, {f"blk.{i}.attn_q.weight": (64, 4096) for i in range(6)})
-    arguments = [str(a) for a in command(source, folder)]
+    arguments = [str(a) for a in command(source, folder, "--no-calibration")]
     child = subprocess.Popen(
         [sys.executable, "-m", "ccq_converters.cli", *arguments],
         stderr=subprocess.PIPE,

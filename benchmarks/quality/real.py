@@ -40,8 +40,9 @@ from padding import pad_importance, pad_model
 
 import ccq_backend
 from ccq_converters import evaluate, imatrix, llama
+from ccq_converters.base_record import BaseLogits
 from ccq_converters.calibrate import BUNDLED_TEXT, CalibrationOptions
-from ccq_converters.collect import calibrate_gguf
+from ccq_converters.collect import calibrate_file
 from ccq_converters.dequantize import dequantize
 from ccq_converters.hessian import Hessians
 from ccq_converters.plan import QuantOptions
@@ -56,8 +57,8 @@ MODELS = {
 """Packages with a GGUF file, or its parts in order."""
 
 NOVEL = ("brotli==1.2.1", "tests/testdata/alice29.txt", 40_000)
-"""Source archive of a package, a text in it, and where to begin: *Alice's Adventures in Wonderland* (1865), of which the
-calibration text has the first 22,000 characters."""
+"""Source archive of a package, a text in it, and where to begin: *Alice's Adventures in Wonderland* (1865), of which
+the calibration text has the first 22,000 characters."""
 
 IK = "ik-llama-cpp-python==0.1.5"
 CTX, WINDOWS, CALIBRATION = 512, 40, 128
@@ -164,7 +165,7 @@ class Bench:
         return text[:high]
 
     @cached_property
-    def base(self) -> evaluate.BaseLogits:
+    def base(self) -> BaseLogits:
         """The base's logits."""
         click.echo("Running the base model")
         text = evaluate.read_text(self.text)
@@ -176,7 +177,8 @@ class Bench:
         paths = importance, products = self.out / "imatrix.gguf", self.out / "hessian.safetensors"
         if not all(path.exists() for path in paths):
             click.echo(f"Calibrating: {CALIBRATION} windows of {CTX} tokens")
-            calibrate_gguf_to(self.base_file, importance, products, self.threads)
+            options = CalibrationOptions(CTX, CALIBRATION, threads=self.threads, overwrite=True, losses=True)
+            calibrate_file(self.base_file, BUNDLED_TEXT, importance, options, hessian=products)
         return imatrix.load(importance), Hessians(products)
 
     @cached_property
@@ -237,12 +239,12 @@ class Bench:
         threads = str(self.threads) if self.threads > 0 else str(os.cpu_count())
         fixed = ["--output-tensor-type", "q8_0", "--token-embedding-type", "q8_0"]
         for arguments in (
-            ["--imatrix", importance_file, "--pure", *fixed, model, coded, name.upper()],
-            ["--allow-requantize", coded, path, "F32"],
+            ["--imatrix", str(importance_file), "--pure", *fixed, str(model), str(coded), name.upper()],
+            ["--allow-requantize", str(coded), str(path), "F32"],
         ):
             environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
             done = subprocess.run(
-                [program, *arguments, threads], env=environment, capture_output=True, text=True, check=False
+                [str(program), *arguments, threads], env=environment, capture_output=True, text=True, check=False
             )
             if done.returncode:
                 raise EvalError(f"ik_llama.cpp's llama-quantize failed: {done.stdout[-300:]}", file=model)
@@ -266,7 +268,8 @@ class Bench:
         if recipe.family == IK_PADDED:  # what the coded file is smaller by than one with matrices in f32
             others = sum(t.nbytes for t in model.tensors if t not in matrices)
             vocabulary = sum(t.n_weights for t in model.tensors if t.name in ("token_embd.weight", "output.weight"))
-            nbytes = size - model.data_offset - others + 4 * vocabulary - vocabulary * 34 // 32
+            header = min(t.offset for t in model.tensors)
+            nbytes = size - header - others + 4 * vocabulary - vocabulary * 34 // 32
         name = recipe.name.removesuffix("_padded")
         mixed = sorted({t.type_name for t in matrices if t.type_name != name})
         assert result.kld_mean is not None
@@ -298,12 +301,6 @@ class Bench:
         if recipe.family in (STOCK_FILE, STOCK_PADDED):
             return f"llama-cpp-python {version('llama-cpp-python')}"
         return f"ccq {version('ccq')}"
-
-
-def calibrate_gguf_to(model: Path, importance: Path, products: Path, threads: int) -> None:
-    """Write importance, with losses for targets, and Hessians of the bundled text."""
-    options = CalibrationOptions(CTX, CALIBRATION, threads=threads, overwrite=True, losses=True)
-    calibrate_gguf(model, BUNDLED_TEXT, options, file=importance, hessian=products)
 
 
 def write_binary_imatrix(importance: imatrix.Importance, path: Path) -> None:

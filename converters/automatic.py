@@ -1,0 +1,267 @@
+"""Calibration that a conversion does by itself: no file of few bits without data that says which weights matter.
+
+A conversion without ``--imatrix`` and ``--hessian`` to types under ``stream.NEEDS_DATA`` bits first runs the model in
+llama.cpp on the text that comes with the package and collects importance; one to a target without losses measures
+these as well.  A model that is no GGUF file yet is first written as one, in the types that it has, beside the output,
+and removed again.  With ``resume`` the result is kept beside the unfinished output, for the run that goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import gguf
+
+from ccq_format.errors import CcqError, EvalError
+from ccq_format.gguf_io import Model, ModelWriter, open_model
+
+from . import imatrix
+from .calibrate import BUNDLED_TEXT, CalibrationOptions
+from .collect import BATCH, calibrate_gguf, free_memory
+from .evaluate import read_text
+from .hessian import Hessians
+from .imatrix import Importance
+from .losses import measure_losses
+from .plan import STOCK_TYPES, QuantOptions, TensorSource, format_bytes, make_plan
+from .resume import job_of
+from .stream import lacks_data, progress_bar, write_planned
+
+log = logging.getLogger(__name__)
+
+TOKENS = 1 << 14
+"""Tokens that importance is collected on."""
+
+WINDOW = 512
+"""Tokens per window, unless the model's context is shorter."""
+
+_JOB = "calibration.job"
+"""Key of a kept calibration: what it was made of."""
+
+_OTHERWISE = (
+    "give importance from elsewhere with --imatrix ('ccq-convert calibrate' of a smaller q8_0 file of the model, or "
+    "llama-imatrix), or convert without any (--no-calibration)"
+)
+
+_WOULD = (
+    "not calibrated, as this is a dry run: the conversion would first measure on a text which weights matter "
+    "('ccq-convert calibrate --losses' measures it for dry runs as well, with --imatrix)"
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is converted, as ``stream.write_model`` is told, and ``runnable``: the GGUF file that holds the model, if
+    there is one."""
+
+    out: Path
+    arch: str
+    sources: list[TensorSource]
+    files: Sequence[Path]
+    set_metadata: Callable[[gguf.GGUFWriter], None] | None = None
+    copy_from: Model | None = None
+    runnable: Path | None = None
+    progress: bool = True
+
+
+@contextmanager
+def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantOptions]:
+    """The options with the data that they lack: importance, for targets losses, with ``options.feedback`` Hessians.
+
+    Nothing is done unless ``options.calibrate``, nor if ``options.dry_run``, which only says so.  Raises ``EvalError``
+    if the model cannot be run: packages or memory are missing, or llama.cpp refuses it; and what ``stream.write_model``
+    and ``collect.calibrate_gguf`` raise.
+    """
+    wanted = _wanted(conversion.sources, options)
+    if not options.calibrate or wanted == _Wanted(False, False, False):
+        yield options
+        return
+    if options.dry_run:
+        log.info("%s", _WOULD)
+        yield options
+        return
+    ModelWriter(conversion.out, "", overwrite=options.overwrite).abort()  # refuses a target before the work
+    if options.resume:
+        kept = _Kept(conversion, options, wanted)
+        if (found := kept.load(options)) is None:
+            kept.save(_measured(conversion, options, wanted, kept.hessians))
+            found = kept.load(options)
+            assert found is not None
+        yield found
+        kept.remove()
+        return
+    hessians = _beside(conversion.out, "hessian")
+    try:
+        data = _measured(conversion, options, wanted, hessians)
+        yield replace(options, imatrix=data, hessian=Hessians(hessians) if wanted.hessians else options.hessian)
+    finally:
+        hessians.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be measured."""
+
+    importance: bool
+    losses: bool
+    hessians: bool
+
+
+def _wanted(sources: list[TensorSource], options: QuantOptions) -> _Wanted:
+    hessians = options.feedback and options.hessian is None
+    if options.type is not None:
+        lacking = bool(lacks_data(make_plan(sources, options)))
+        without = options.imatrix is None and (hessians or options.hessian is None)
+        return _Wanted(lacking and without, False, lacking and hessians)
+    data = options.imatrix
+    return _Wanted(data is None, data is None or not data.knows_losses, hessians)
+
+
+def _measured(conversion: Conversion, options: QuantOptions, wanted: _Wanted, hessians: Path) -> Importance:
+    if find_spec("llama_cpp") is None:
+        raise EvalError(f"calibration needs llama-cpp-python (pip install '.[llama]'); or {_OTHERWISE}")
+    text = read_text(BUNDLED_TEXT)
+    data = options.imatrix
+    with _runnable(conversion) as path, progress_bar(conversion.progress) as bar:
+        window = _checked(path, conversion)
+        # The output matrix may get few bits, unless types are asked for.
+        settings = CalibrationOptions(
+            window, TOKENS // window, options.threads, process_output=options.type is None, overwrite=True
+        )
+        task = bar.add_task("calibrating", total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        try:
+            if wanted.importance or wanted.hessians or data is None:
+                found = calibrate_gguf(
+                    path,
+                    text,
+                    settings,
+                    file="automatic calibration",
+                    datasets=[BUNDLED_TEXT.name],
+                    hessian=hessians if wanted.hessians else None,
+                    advance=advance,
+                )
+                data = data or found
+            if wanted.losses:
+                bar.update(task, description="measuring losses", completed=0, total=None)
+                data = measure_losses(path, text, data, threads=options.threads, advance=advance)
+        except EvalError as error:
+            raise EvalError(f"calibration: {error.reason}; {_OTHERWISE}", file=_source(conversion)) from error
+    tokens = settings.ctx * (settings.chunks or 0)
+    what = [f"importance of {len(data.entries)} matrices from {tokens} tokens"] if wanted.importance else []
+    what += ["their Hessians"] if wanted.hessians else []
+    what += [f"losses of {len(data.losses)} tensors"] if wanted.losses else []
+    log.info(
+        "calibrated on the text that comes with this package: %s ('ccq-convert calibrate' does it on yours, and makes "
+        "files to keep and give with --imatrix and --hessian)",
+        ", ".join(what),
+    )
+    return data
+
+
+def _beside(out: Path, what: str) -> Path:
+    """A hidden name in the folder of ``out`` that no file has."""
+    return out.with_name(f".{out.name}.{secrets.token_hex(4)}.{what}.tmp")
+
+
+@contextmanager
+def _runnable(conversion: Conversion) -> Iterator[Path]:
+    """A GGUF file of the model, removed afterwards if it had to be written."""
+    if conversion.runnable is not None:
+        yield conversion.runnable
+        return
+    path = _beside(conversion.out, "model")
+    try:
+        options = QuantOptions("bf16")
+        plan = make_plan(conversion.sources, options, _AsStored({s.name: s.source_type for s in conversion.sources}))
+        write_planned(
+            path,
+            plan,
+            arch=conversion.arch,
+            options=options,
+            set_metadata=conversion.set_metadata,
+            progress=conversion.progress,
+        )
+        yield path
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _AsStored:
+    """A ``plan.Scheme`` that keeps the types that GGUF has, and f32 in half the size."""
+
+    types: dict[str, str]
+
+    def matrix(self, name: str) -> tuple[str, str]:
+        """See ``Scheme``."""
+        stored = self.types[name]
+        return (stored if stored in STOCK_TYPES and stored != "f32" else "bf16"), "as stored"
+
+    vocabulary = matrix
+
+
+def _checked(path: Path, conversion: Conversion) -> int:
+    """The tokens of a window.  Raises ``EvalError`` if the model does not fit into the memory that is free."""
+    model = open_model(path)
+    vocabulary = next((t.n_rows for t in model.tensors if t.name == "token_embd.weight"), 0)
+    needed = sum(t.nbytes for t in model.tensors) + 8 * BATCH * vocabulary
+    free = free_memory()
+    if needed > free:
+        raise EvalError(
+            f"calibration would run this model in llama.cpp, which takes {format_bytes(needed)} of memory; "
+            f"{format_bytes(free)} are free: {_OTHERWISE}",
+            file=_source(conversion),
+        )
+    context = model.metadata.get(f"{model.arch}.context_length")
+    return min(WINDOW, context) if isinstance(context, int) and context > 1 else WINDOW
+
+
+def _source(conversion: Conversion) -> Path:
+    return conversion.runnable or conversion.files[0].parent
+
+
+class _Kept:
+    """The calibration of a conversion that can be resumed: ``.NAME.calibration`` and, with Hessians, ``.NAME.hessian``
+    beside the output ``NAME``."""
+
+    def __init__(self, conversion: Conversion, options: QuantOptions, wanted: _Wanted) -> None:
+        self.path = conversion.out.with_name(f".{conversion.out.name}.calibration")
+        self.hessians = conversion.out.with_name(f".{conversion.out.name}.hessian")
+        self.wanted = wanted
+        whole = job_of(options, conversion.files)
+        job = {key: whole[key] for key in ("--imatrix", *(file.name for file in conversion.files))}
+        self.job = json.dumps({**job, "wanted": asdict(wanted)}, sort_keys=True)
+
+    def load(self, options: QuantOptions) -> QuantOptions | None:
+        """The options with what an earlier run has kept; ``None`` if that is nothing, of another job or damaged."""
+        try:
+            if open_model(self.path).metadata.get(_JOB) != self.job:
+                return None
+            data = replace(imatrix.load(self.path), file="automatic calibration")
+            return replace(
+                options, imatrix=data, hessian=Hessians(self.hessians) if self.wanted.hessians else options.hessian
+            )
+        except CcqError:
+            return None
+
+    def save(self, data: Importance) -> None:
+        """Write the file; the Hessians are there.  Raises ``OutputError``."""
+        with ModelWriter(self.path, "", overwrite=True) as writer:
+            writer.gguf.add_string(_JOB, self.job)
+            imatrix.fill(writer, data)
+
+    def remove(self) -> None:
+        """The conversion is complete."""
+        for path in (self.path, self.hessians):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,243 @@
+"""Conversions that calibrate by themselves: the same file as in two steps, what is refused, and what stays."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ccq_converters import automatic, collect, losses, stream
+from ccq_converters.calibrate import BUNDLED_TEXT
+from ccq_converters.cli import main
+from ccq_converters.hf2gguf import convert
+from ccq_converters.plan import QuantOptions
+from ccq_format.gguf_io import open_model
+
+from .test_collect import EXAMPLE
+from .test_converters_cli import gaussian, write_gguf
+
+TOKENS = 1024
+
+
+@pytest.fixture(autouse=True)
+def _little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less is measured, which takes less time."""
+    monkeypatch.setattr(automatic, "TOKENS", TOKENS)
+    monkeypatch.setattr(losses, "MOST", 12)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model as it is stored."""
+    path = tmp_path_factory.mktemp("model") / "bf16.gguf"
+    convert(EXAMPLE, path, QuantOptions("bf16"), progress=False)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the output goes, so that everything left there can be seen."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def ok(*args: object) -> str:
+    """Standard error of a command."""
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    return result.stderr
+
+
+def tensors(path: Path) -> dict[str, tuple[str, bytes]]:
+    return {t.name: (t.type_name, t.stored_rows(0, t.n_rows).tobytes()) for t in open_model(path).tensors}
+
+
+ONE = ("--threads", 1)
+FAST = ("--effort", "fast", *ONE)
+TWO_STEPS = {
+    "--type t2 --effort fast": ((), ()),
+    "--type t2 --effort fast --hessian auto": (("--hessian", "h"), ("--hessian", "h")),
+    "--target-size 15% --effort fast": (("--losses",), ()),
+}
+
+
+@pytest.mark.parametrize("settings", TWO_STEPS)
+@pytest.mark.parametrize("command", ["hf2gguf", "quantize"])
+def test_one_command_gives_what_two_give(
+    stored: Path, folder: Path, tmp_path: Path, command: str, settings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = EXAMPLE if command == "hf2gguf" else stored
+    stderr = ok(command, source, "-o", folder / "o.gguf", *settings.split(), *ONE)
+    assert names(folder) == ["o.gguf"]
+    (note,) = [line for line in stderr.splitlines() if line.startswith("Note: calibrated")]
+    assert re.search(rf"text that comes with this package: importance of \d+ matrices from {TOKENS} tokens", note)
+    assert ("losses of " in note) == ("target" in settings)
+    assert "Warning" not in stderr
+    more, given = TWO_STEPS[settings]
+    ok("calibrate", stored, "-o", "i.gguf", "--chunks", TOKENS // 512, *more, *ONE)
+    if "target" in settings:
+        assert (folder / "o.gguf").stat().st_size <= 0.15 * 2 * 4_196_608
+    given = ("--imatrix", "i.gguf", *given)
+    assert ok(command, source, "-o", "two.gguf", *settings.replace("--hessian auto", "").split(), *given, *ONE) == ""
+    assert tensors(folder / "o.gguf") == tensors(Path("two.gguf"))
+    metadata = open_model(folder / "o.gguf").metadata
+    assert metadata["quantize.imatrix.dataset"] == BUNDLED_TEXT.name
+
+
+@pytest.mark.parametrize(
+    ("settings", "calibrates"),
+    [
+        ("--type t2", True),
+        ("--type t3_m", True),
+        ("--type p2_5", True),
+        ("--type q8_0 --tensor-type blk.1.attn_v=t3", True),
+        ("--target-bpw 3", True),
+        ("--type q4_0", False),
+        ("--type f16", False),
+        ("--type t2 --no-calibration", False),
+        ("--type t2 --imatrix {data}", False),
+        ("--type q4_0 --hessian auto", False),
+    ],
+)
+def test_which_conversions_calibrate(stored: Path, folder: Path, settings: str, calibrates: bool) -> None:
+    """As a dry run says."""
+    data = Path(__file__).parent / "data" / "manllama-4m.imatrix.gguf"
+    stderr = ok("quantize", stored, *settings.format(data=data).split(), "--dry-run", *ONE)
+    assert ("Note: not calibrated, as this is a dry run" in stderr) == calibrates
+    assert ("without importance data" in stderr) == ("--no-calibration" in settings)
+    assert names(folder) == []
+
+
+def test_importance_without_losses(stored: Path, folder: Path) -> None:
+    """A target adds the losses to somebody's imatrix."""
+    data = Path(__file__).parent / "data" / "manllama-4m.imatrix.gguf"
+    stderr = ok("quantize", stored, "-o", folder / "o.gguf", "--target-bpw", 2.6, "--imatrix", data, *FAST)
+    (note,) = [line for line in stderr.splitlines() if line.startswith("Note: ")]
+    assert "package: losses of " in note
+    assert open_model(folder / "o.gguf").metadata["quantize.imatrix.file"] == str(data)
+
+
+def test_without_calibration(stored: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(automatic, "calibrate_gguf", None)
+    stderr = ok(
+        "quantize", stored, "-o", folder / "o.gguf", "--type", "t2", "--effort", "fast", "--no-calibration", *ONE
+    )
+    assert "talk nonsense" in stderr
+    result = run("quantize", stored, "-o", folder / "x.gguf", "--type", "t2", "--hessian", "auto", "--no-calibration")
+    assert result.exit_code == 2
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_resumed_conversion_does_not_calibrate_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, feedback: bool
+) -> None:
+    settings = ("--type", "t2", "--effort", "fast", *(("--hessian", "auto") if feedback else ()), *ONE)
+    ok("hf2gguf", EXAMPLE, "-o", folder / "whole.gguf", *settings)
+    encoded: list[str] = []
+    original, calibrate = stream.encoded_rows, automatic.calibrate_gguf
+
+    def interrupted(tensor: Any, options: Any) -> Any:
+        if options.imatrix is None:  # the file that llama.cpp runs
+            return original(tensor, options)
+        encoded.append(tensor.source.name)
+        if len(encoded) == 10:
+            raise KeyboardInterrupt
+        return original(tensor, options)
+
+    monkeypatch.setattr(stream, "encoded_rows", interrupted)
+    command = ("hf2gguf", EXAMPLE, "-o", folder / "o.gguf", *settings, "--resume")
+    assert run(*command).exit_code == 130
+    kept = [".o.gguf.calibration", *([".o.gguf.hessian"] if feedback else []), ".o.gguf.partial"]
+    assert names(folder) == [*kept, ".o.gguf.partial.journal", "whole.gguf"]
+    monkeypatch.setattr(automatic, "calibrate_gguf", None)
+    ok(*command)
+    assert len(encoded) == 10 + 38 - 9
+    assert names(folder) == ["o.gguf", "whole.gguf"]
+    assert (folder / "o.gguf").read_bytes() == (folder / "whole.gguf").read_bytes()
+    # What is kept of another model, or damaged, is measured again.
+    monkeypatch.setattr(automatic, "calibrate_gguf", calibrate)
+    encoded.clear()
+    assert run(*command, "--overwrite").exit_code == 130
+    for path in (folder / ".o.gguf.partial", folder / ".o.gguf.partial.journal"):
+        path.unlink()
+    data = (folder / ".o.gguf.calibration").read_bytes()
+    (folder / ".o.gguf.calibration").write_bytes(data[: len(data) // 2])
+    assert "Note: calibrated" in ok(*command, "--overwrite")
+    assert (folder / "o.gguf").read_bytes() == (folder / "whole.gguf").read_bytes()
+
+
+def test_an_interrupt_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while llama.cpp runs the file that was written for it."""
+    seen: list[list[str]] = []
+    original = collect._Input.add
+
+    def interrupted(self: collect._Input, *arguments: Any) -> None:
+        seen.append(names(folder))
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, *arguments)
+
+    monkeypatch.setattr(collect._Input, "add", interrupted)
+    result = run("hf2gguf", EXAMPLE, "-o", folder / "o.gguf", "--type", "t2", "--hessian", "auto", *ONE)
+    assert result.exit_code == 130
+    assert any(re.fullmatch(r"\.o\.gguf\.\w{8}\.model\.tmp", name) for name in seen[0])
+    assert names(folder) == []
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(*args: object) -> str:
+    result = run(*args)
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("command", ["hf2gguf", "quantize"])
+def test_too_little_memory(stored: Path, folder: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(automatic, "free_memory", lambda: 20 << 20)
+    source = EXAMPLE if command == "hf2gguf" else stored
+    line = refused(command, source, "-o", folder / "o.gguf", "--type", "t2")
+    assert re.search(r"takes 2\d\.\d+ MiB of memory; 20\.00 MiB are free: .*--imatrix .*q8_0.*--no-calibration", line)
+    assert str(source) in line
+    assert names(folder) == []
+
+
+def test_without_llama_cpp(stored: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(automatic, "find_spec", lambda _name: None)
+    line = refused("quantize", stored, "-o", folder / "o.gguf", "--type", "t2")
+    assert "pip install '.[llama]'" in line
+    assert "--no-calibration" in line
+
+
+def test_a_model_that_llama_cpp_refuses(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.gguf"
+    write_gguf(source, {"blk.0.attn_q.weight": ("f32", gaussian(64, 64))})
+    line = refused("quantize", source, "-o", folder / "o.gguf", "--type", "t2")
+    assert re.search(rf"{source}: .*refused.*unknown model architecture: 'madeup'.*--no-calibration", line)
+    assert names(folder) == []
+
+
+def test_an_output_that_exists(stored: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is refused before the work."""
+    (folder / "o.gguf").touch()
+    monkeypatch.setattr(automatic, "calibrate_gguf", None)
+    assert "exists already" in refused("quantize", stored, "-o", folder / "o.gguf", "--type", "t2")
