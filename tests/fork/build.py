@@ -48,23 +48,25 @@ OPTIONS = [
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to compile a tree: its build folder there, CMake's options, and how many of ``TARGETS``."""
+    """A way to compile a tree: its build folder there, CMake's options, and the targets instead of ``TARGETS``; with
+    them it is for llama.cpp alone."""
 
     folder: str
     options: tuple[str, ...]
-    n_targets: int | None = None
+    targets: tuple[str, ...] = ()
 
 
 KINDS = {
     "static": Kind("build", ("-DBUILD_SHARED_LIBS=OFF",)),
     "shared": Kind("build-shared", ("-DBUILD_SHARED_LIBS=ON",)),
-    # The CPU backend in variants for many CPUs, one of which is loaded when a program starts.
+    # The CPU backend in variants for many CPUs, one of which is loaded when a program starts.  So a program that is
+    # linked to it, such as test-quantize-fns, cannot be built.
     "variants": Kind(
         "build-variants",
         ("-DBUILD_SHARED_LIBS=ON", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON", "-DGGML_NATIVE=OFF"),
-        n_targets=5,
+        tuple(target for target in TARGETS["llama.cpp"] if target != "test-quantize-fns"),
     ),
-    # Runs in qemu-user, on its own: no libraries to look for.
+    # Runs in qemu-user: static, so that it needs no libraries, and the smallest program that prints a greedy text.
     "aarch64": Kind(
         "build-aarch64",
         (
@@ -76,7 +78,7 @@ KINDS = {
             "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
             "-DCMAKE_EXE_LINKER_FLAGS=-static",
         ),
-        n_targets=1,
+        ("llama-simple",),
     ),
 }
 
@@ -99,13 +101,15 @@ def build(package: str, kind: Kind) -> None:
     integration = Integration(tree)
     for line in integration.integrate():
         print(line)
-    if kind is KINDS["variants"] and integration.family == "ik_llama.cpp":
-        raise click.ClickException("ik_llama.cpp has no variants of its CPU backend")
+    if kind.targets and integration.family != "llama.cpp":
+        raise click.ClickException(
+            f"{package} can only be compiled as {' or '.join(k for k in KINDS if not KINDS[k].targets)}"
+        )
     jobs = os.environ.get("JOBS", str(os.cpu_count() or 1))
     folder = tree / kind.folder
     options = [*OPTIONS, *kind.options]
     subprocess.run(["cmake", "-G", "Ninja", "-S", tree, "-B", folder, *options], check=True, stdout=subprocess.DEVNULL)
-    targets = TARGETS[integration.family][: kind.n_targets]
+    targets = kind.targets or TARGETS[integration.family]
     subprocess.run(["cmake", "--build", folder, "-j", jobs, "--target", *targets], check=True)
 
 

@@ -34,7 +34,7 @@ from ccq_format.gguf_io import ModelWriter, open_model
 from ccq_format.layouts import LAYOUTS
 
 from ..test_plugin_models import EXPERTS, VOCAB, random_tensors, write_model
-from .build import KINDS, TARGETS
+from .build import KINDS
 
 pytestmark = pytest.mark.fork
 
@@ -43,13 +43,14 @@ BUILT = Path(os.environ.get("CCQ_FORK_TREES", ROOT / "build/fork"))
 TEXT = ROOT / "examples/heldout.txt"
 TYPES = [layout.name for layout in LAYOUTS]
 MIXTURES = ["ccq_t1_5_m", "ccq_t2_m", "ccq_t2_5_m", "ccq_t3_m"]
+PROGRAMS = ("llama-quantize", "llama-simple")
 NAMES = {
-    f"{path.name}-{kind}": (path, kind)
+    f"{path.name}-{name}": (path, kind)
     for path in sorted(BUILT.glob("*"))
-    for kind in KINDS
-    if any((path / KINDS[kind].folder / "bin" / names[0]).is_file() for names in TARGETS.values())
+    for name, kind in KINDS.items()
+    if any((path / kind.folder / "bin" / program).is_file() for program in PROGRAMS)
 }
-ARM = [name for name, (_, kind) in NAMES.items() if kind == "aarch64"]
+ARM = [name for name, (_, kind) in NAMES.items() if kind is KINDS["aarch64"]]
 CPUS = ["cortex-a72", "neoverse-n1", "max"]
 """Without dot products, with them, and with int8 matrix products."""
 
@@ -64,11 +65,10 @@ class Tree:
     """A compiled tree."""
 
     def __init__(self, name: str) -> None:
-        self.folder, kind = NAMES[name]
-        self.kind = KINDS[kind]
+        self.folder, self.kind = NAMES[name]
         self.build = self.folder / self.kind.folder
         self.ik = (self.folder / FAMILIES["ik_llama.cpp"]).is_file()
-        self.cli = TARGETS["ik_llama.cpp" if self.ik else "llama.cpp"][0]
+        self.cli = "llama-cli" if self.ik else "llama-completion"
         self.emulator: list[str] = []
 
     def run(self, program: str, *args: object, code: int | None = 0) -> str:
@@ -142,18 +142,37 @@ def binary_importance(path: Path) -> Path:
     return out
 
 
+class Models(dict[str, tuple[Path, Path, Path]]):
+    """By type or mixture: a model, made-up importance, and what ccq-convert makes of them when it is first asked for.
+    The bundled model, or for CCQ_P2, which its rows are too short for, the random one."""
+
+    def __init__(self, source: Path, wide: Path) -> None:
+        self.source, self.wide = source, wide
+
+    def __missing__(self, name: str) -> tuple[Path, Path, Path]:
+        original = self.wide if name == "ccq_p2" else self.source
+        importance = original.with_suffix(".imatrix.gguf")
+        if not importance.exists():
+            make_importance(original)
+        made = self.source.with_name(f"{name}.gguf")
+        quantize(original, made, QuantOptions(name, imatrix=imatrix.load(importance)), progress=False)
+        self[name] = (original, importance, made)
+        return self[name]
+
+    def to_run(self, name: str) -> Path:
+        """A file: that of a type or mixture; or TYPE-dense or TYPE-moe, a random model all matrices of which are of
+        that type, the embedding too."""
+        type_name, _, random = name.partition("-")
+        if not random:
+            return self[name][2]
+        path = self.source.with_name(f"{name}.gguf")
+        experts = EXPERTS if random == "moe" else 0
+        return path if path.exists() else write_model(path, random_tensors(type_name, experts)[0], experts)
+
+
 @pytest.fixture(scope="module")
-def models(source: Path, wide: Path) -> dict[str, tuple[Path, Path, Path]]:
-    """By type or mixture: a model, made-up importance, and what ccq-convert makes of them.  The bundled model, or for
-    CCQ_P2, which its rows are too short for, the random one."""
-    out = {}
-    for original in (source, wide):
-        importance = make_importance(original)
-        for name in ["ccq_p2"] if original == wide else [n for n in TYPES + MIXTURES if n != "ccq_p2"]:
-            made = source.with_name(f"{name}.gguf")
-            quantize(original, made, QuantOptions(name, imatrix=imatrix.load(importance)), progress=False)
-            out[name] = (original, importance, made)
-    return out
+def models(source: Path, wide: Path) -> Models:
+    return Models(source, wide)
 
 
 def data(tree: Tree, path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -170,9 +189,7 @@ def data(tree: Tree, path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]
 
 
 @pytest.mark.parametrize("name", TYPES + MIXTURES)
-def test_llama_quantize_writes_the_same_bytes(
-    tree: Tree, name: str, models: dict[str, tuple[Path, Path, Path]], tmp_path: Path
-) -> None:
+def test_llama_quantize_writes_the_same_bytes(tree: Tree, name: str, models: Models, tmp_path: Path) -> None:
     original, importance, ours = models[name]
     if tree.ik:
         importance = binary_importance(importance)
@@ -216,7 +233,7 @@ def test_llama_quantize_with_types_by_name(tree: Tree, source: Path, tmp_path: P
     assert data(tree, made) == data(tree, tmp_path / "ours.gguf")
 
 
-def test_check_tensors(tree: Tree, models: dict[str, tuple[Path, Path, Path]], tmp_path: Path) -> None:
+def test_check_tensors(tree: Tree, models: Models, tmp_path: Path) -> None:
     good = models["ccq_p2_5"][2]
     run = ("--check-tensors", "-p", "x", "-n", "1", *(() if tree.ik else ("-no-cnv",)))
     tree.run(tree.cli, "-m", good, *run)
@@ -247,18 +264,6 @@ with LlamaModel(sys.argv[1], n_ctx=256, threads=1) as model:
 
 
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(3, VOCAB, 96)]
-
-
-@pytest.fixture(scope="module")
-def all_models(models: dict[str, tuple[Path, Path, Path]], source: Path) -> dict[str, Path]:
-    """Files to run: of every type the bundled model or the random one, and random models, dense and with experts, all
-    matrices of which are of that type, the embedding too."""
-    out = {name: made for name, (_, _, made) in models.items()}
-    for name in TYPES:
-        for kind, experts in (("dense", 0), ("moe", EXPERTS)):
-            path = source.with_name(f"{name}-{kind}.gguf")
-            out[f"{name}-{kind}"] = write_model(path, random_tensors(name, experts)[0], experts)
-    return out
 
 
 def plugin_logits(model: Path) -> np.ndarray:
@@ -294,10 +299,10 @@ def logits(program: Path, model: Path, like: np.ndarray, threads: int = 1) -> np
 
 
 @pytest.mark.parametrize("name", [*TYPES, "ccq_t2_m", *(f"{t}-{kind}" for t in TYPES for kind in ("dense", "moe"))])
-def test_logits_are_the_plugins(tree: Tree, program: Path, name: str, all_models: dict[str, Path]) -> None:
+def test_logits_are_the_plugins(tree: Tree, program: Path, name: str, models: Models) -> None:
     """Bit by bit in llama.cpp.  ik_llama.cpp orders its floats otherwise, weighs experts otherwise, and rounds the
     activations of q8_0 in its own way: it may differ as much as it does for the same weights in q8_0."""
-    model = all_models[name]
+    model = models.to_run(name)
     wanted = plugin_logits(model)
     made = logits(program, model, wanted)
     if not tree.ik:
@@ -324,27 +329,22 @@ def plugin_text(model: Path) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def tree_text(tree: Tree, model: Path) -> str:
-    """The same of the tree's program, in all that it prints."""
-    options = ("--temp", "0", "-n", "24", "-t", "1", "--no-warmup", *(() if tree.ik else ("-no-cnv",)))
-    return tree.run(tree.cli, "-m", model, "-p", PROMPT, *options)
-
-
-def test_greedy_text(tree: Tree, models: dict[str, tuple[Path, Path, Path]]) -> None:
+def test_greedy_text(tree: Tree, models: Models) -> None:
     for name in ("ccq_t2", "ccq_t3_m"):
         model = models[name][2]
-        assert plugin_text(model) in tree_text(tree, model)
+        options = ("--temp", "0", "-n", "24", "-t", "1", "--no-warmup", *(() if tree.ik else ("-no-cnv",)))
+        assert plugin_text(model) in tree.run(tree.cli, "-m", model, "-p", PROMPT, *options)
 
 
 @pytest.mark.parametrize("cpu", CPUS)
-def test_greedy_text_on_aarch64(arm: Tree, cpu: str, models: dict[str, tuple[Path, Path, Path]]) -> None:
+def test_greedy_text_on_aarch64(arm: Tree, cpu: str, models: Models) -> None:
     arm.emulator = ["qemu-aarch64", "-cpu", cpu]
     for name in ("ccq_t2", "ccq_t3_m", "ccq_p2_5"):
         model = models[name][2]
-        assert plugin_text(model) in tree_text(arm, model)
+        assert plugin_text(model) in arm.run("llama-simple", "-m", model, "-n", "24", PROMPT)
 
 
-def test_perplexity_is_that_of_eval(tree: Tree, models: dict[str, tuple[Path, Path, Path]]) -> None:
+def test_perplexity_is_that_of_eval(tree: Tree, models: Models) -> None:
     for name in ("ccq_t2", "ccq_p2_5"):
         said = tree.run("llama-perplexity", "-m", models[name][2], "-f", TEXT, "-c", 256, "--chunks", 8, "-t", 1)
         match = re.search(r"Final estimate: PPL.* = ([\d.]+) \+", said)
@@ -367,8 +367,10 @@ def test_perplexity_is_that_of_eval(tree: Tree, models: dict[str, tuple[Path, Pa
 def test_quantize_fns(tree: Tree) -> None:
     if tree.ik:
         pytest.skip("ik_llama.cpp has no target for it; runs with the other trees of make fork")
-    if "test-quantize-fns" not in TARGETS["llama.cpp"][: tree.kind.n_targets]:
-        pytest.skip("it is linked to the CPU backend, not loaded at run time; runs with the other kinds of make fork")
+    if tree.kind is KINDS["variants"]:
+        pytest.skip(
+            "linked to the CPU backend, which is loaded at run time here; runs with the other kinds of make fork"
+        )
     said = tree.run("test-quantize-fns", "-v")
     for name in TYPES:
         assert re.search(rf"^{name} absolute quantization error: +ok", said, re.MULTILINE)
@@ -414,9 +416,7 @@ def chat(url: str, text: str) -> dict[str, Any]:
     return answer
 
 
-def test_server_answers_one_and_four_at_once(
-    tree: Tree, models: dict[str, tuple[Path, Path, Path]], tmp_path: Path
-) -> None:
+def test_server_answers_one_and_four_at_once(tree: Tree, models: Models, tmp_path: Path) -> None:
     with server(tree, models["ccq_t2_m"][2], tmp_path / "log") as url:
         first = chat(url, "What does ls do?")
         assert first["usage"]["completion_tokens"] > 0
