@@ -7,6 +7,7 @@ llama-cpp-python's.  Run as a script, it prints that folder.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -67,6 +68,7 @@ def _unpack(archive: Path) -> None:
     """Beside its place and renamed, so that an interrupted run leaves no half tree."""
     folder = archive.name.removesuffix(".tar.gz")
     partial = archive.parent / "unpacking"
+    shutil.rmtree(partial, ignore_errors=True)
     with tarfile.open(archive) as tar:
         if hasattr(tarfile, "data_filter"):
             tar.extractall(partial, filter="data")
