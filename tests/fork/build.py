@@ -86,6 +86,11 @@ KINDS = {
 BUILD_INFO = "common/cmake/build-info-gen-cpp.cmake"
 """A file of ik_llama.cpp that its tools cannot be compiled without, and that the source archive leaves out."""
 
+BUILD_INFO_TEXT = """\
+set(BUILD_NUMBER 0)
+configure_file(common/build-info.cpp.in common/build-info.cpp @ONLY)
+"""
+
 
 def build(package: str, kind: Kind) -> None:
     """Unpack, integrate and compile one tree."""
@@ -96,7 +101,7 @@ def build(package: str, kind: Kind) -> None:
         shutil.copytree(source_tree(package), partial)
         if (partial / FAMILIES["ik_llama.cpp"]).is_file() and not (partial / BUILD_INFO).exists():
             (partial / BUILD_INFO).parent.mkdir(exist_ok=True)
-            (partial / BUILD_INFO).write_text("configure_file(common/build-info.cpp.in common/build-info.cpp @ONLY)\n")
+            (partial / BUILD_INFO).write_text(BUILD_INFO_TEXT)
         partial.rename(tree)
     integration = Integration(tree)
     for line in integration.integrate():
