@@ -35,6 +35,9 @@ FLOAT_TYPES = ("f32", "f16", "bf16")
 COPIED_TYPES = {"i8": 1, "i16": 2, "i32": 4, "i64": 8, "f64": 8}
 """Types that are no weights (token tables and the like): copied as they are; bytes per element."""
 
+KEEP = "keep"
+"""For ``QuantOptions.type``: leave every matrix as it is."""
+
 VOCABULARY = re.compile(r"^(token_embd|output|per_layer_token_embd)\.weight$")
 
 SMALL = re.compile(
@@ -94,12 +97,13 @@ class TensorSource:
 class QuantOptions:
     """What the user asked for.
 
-    ``type`` is a type or a mixture (``mixtures.MIXTURES``); ``None`` where types are to be allocated to an average of
+    ``type`` is a type, a mixture (``mixtures.MIXTURES``) or ``KEEP``; ``None`` where types are to be allocated to an average of
     ``target_bpw`` bits per weight or a file of ``target_size`` bytes (see ``allocate``); exactly one of the three.
     ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
     errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
     one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``resume`` keeps what an
-    interrupted conversion has encoded, and goes on there.  ``resume.job_of`` must know which fields change no byte.
+    interrupted conversion has encoded, and goes on there; ``k_order`` is the order of the inputs of wint2 matrices
+    (``sources.wint2.ORDERS``, ``None`` = find out).  ``resume.job_of`` must know which fields change no byte.
     """
 
     type: str | None = None
@@ -114,6 +118,7 @@ class QuantOptions:
     hessian: Hessians | None = None
     target_bpw: float | None = None
     target_size: int | None = None
+    k_order: str | None = None
 
     def __post_init__(self) -> None:
         if sum(wish is not None for wish in (self.type, self.target_bpw, self.target_size)) != 1:
@@ -130,6 +135,11 @@ class PlannedTensor:
     nbytes: int
     reason: str
     loss: float | None = None
+
+    @property
+    def copied(self) -> bool:
+        """Whether its bytes are those of the source, unchanged."""
+        return self.source.raw_rows is not None and self.type == self.source.source_type
 
 
 class Scheme(Protocol):
@@ -155,6 +165,24 @@ class Pure:
     def vocabulary(self, name: str) -> tuple[str, str]:
         """See ``Scheme``."""
         return "q8_0", "embedding or output"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The type that every matrix has already, by tensor name."""
+
+    types: Mapping[str, str]
+
+    def matrix(self, name: str) -> tuple[str, str]:
+        """See ``Scheme``.  Raises ``PlanError`` if it is none that a file can have."""
+        try:
+            return parse_type(self.types[name]), "--type keep"
+        except PlanError:
+            raise PlanError(f"is {self.types[name]}, which cannot be kept; choose a type", tensor=name) from None
+
+    def vocabulary(self, name: str) -> tuple[str, str]:
+        """See ``Scheme``."""
+        return self.matrix(name)
 
 
 @dataclass(frozen=True)
@@ -252,7 +280,7 @@ def parse_type(text: str) -> str:
             return layouts.by_name(candidate).name
         except KeyError:
             continue
-    known = ", ".join([*(layout.name for layout in layouts.LAYOUTS), *MIXTURES, *STOCK_TYPES])
+    known = ", ".join([*(layout.name for layout in layouts.LAYOUTS), *MIXTURES, *STOCK_TYPES, KEEP])
     raise PlanError(f"unknown type '{text}'; known types: {known}")
 
 
@@ -343,11 +371,13 @@ def make_plan(
 
 
 def scheme_of(name: str, sources: list[TensorSource]) -> Scheme:
-    """The scheme of a type or a mixture; ``T2_M`` is short for ``ccq_t2_m``.  Raises ``PlanError`` if there is none."""
+    """The scheme of a type, a mixture or ``KEEP``; ``T2_M`` is short for ``ccq_t2_m``.  Raises ``PlanError`` if there is none."""
     lower = name.strip().lower()
     for candidate in (lower, f"ccq_{lower}"):
         if candidate in MIXTURES:
             return MixtureScheme(MIXTURES[candidate], [(s.name, s.shape) for s in sources])
+    if lower == KEEP:
+        return Keep({s.name: s.source_type for s in sources})
     return Pure(parse_type(name))
 
 
@@ -387,8 +417,8 @@ def _choose(source: TensorSource, scheme: Scheme, overrides: list[tuple[re.Patte
         # Operations other than a matrix product read these, and some (convolutions) insist on the type they have.
         kept = source.source_type if source.source_type in ("f32", "f16") else "f32"
         return kept, "not a matrix product"
-    if isinstance(scheme, Pure) and scheme.type in FLOAT_TYPES:
-        return scheme.type, "--type"
+    if isinstance(scheme, Keep) or (isinstance(scheme, Pure) and scheme.type in FLOAT_TYPES):
+        return scheme.matrix(source.name)
     if VOCABULARY.search(source.name):
         return scheme.vocabulary(source.name)
     if len(source.shape) == 3 and not EXPERTS.search(source.name):
