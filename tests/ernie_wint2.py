@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from sentencepiece import sentencepiece_model_pb2
 
 from .upstream_diff.models import EXAMPLE
 
@@ -23,17 +24,18 @@ DIMENSIONS = {
     "hidden_size": 1024,
     "intermediate_size": 640,
     "moe_intermediate_size": 512,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "vocab_size": 4096,
+    "vocab_size": 512,
     "max_position_embeddings": 512,
-    "moe_num_experts": 4,
+    "moe_num_experts": 3,
     "moe_k": 2,
     "moe_layer_start_index": 1,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
 }
+VOCAB = DIMENSIONS["vocab_size"]
 WINT4_END = 1
 """The last layer whose experts are wint4."""
 
@@ -199,9 +201,12 @@ def config(tied: bool) -> dict[str, Any]:
 
 
 def copy_tokenizer(folder: Path) -> None:
-    """Put the bundled tokenizer into ``folder``."""
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copyfile(EXAMPLE / name, folder / name)
+    """Put the first pieces of the bundled tokenizer into ``folder``."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((EXAMPLE / "tokenizer.model").read_bytes())
+    del model.pieces[VOCAB:]
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    shutil.copyfile(EXAMPLE / "tokenizer_config.json", folder / "tokenizer_config.json")
 
 
 def make(order: str, *, gains: float = 1.0, seed: int = 3) -> Release:
@@ -248,8 +253,8 @@ def make(order: str, *, gains: float = 1.0, seed: int = 3) -> Release:
             release.weights[f"{target}.{name}_proj.weight"] = w[at : at + count]
             at += count
 
-    plain("ernie.embed_tokens.weight", "model.embed_tokens.weight", matrix(4096, hidden, channels, flat(4096), 20))
-    plain("lm_head.weight", "lm_head.weight", matrix(4096, hidden, channels, flat(4096), 3), transposed=True)
+    plain("ernie.embed_tokens.weight", "model.embed_tokens.weight", matrix(VOCAB, hidden, channels, flat(VOCAB), 20))
+    plain("lm_head.weight", "lm_head.weight", matrix(VOCAB, hidden, channels, flat(VOCAB)), transposed=True)
     plain("ernie.norm.weight", "model.norm.weight", gain(channels))
     for layer in range(DIMENSIONS["num_hidden_layers"]):
         old, new = f"ernie.layers.{layer}", f"model.layers.{layer}"

@@ -229,6 +229,11 @@ class _Release:
         kv_heads = config.integer("num_key_value_heads", default=heads)
         head_dim = config.integer("head_dim", default=self.hidden // heads)
         self.query, self.kv = heads * head_dim, kv_heads * head_dim
+        last = f"ernie.layers.{self.layers - 1}.input_layernorm.weight"
+        if last not in checkpoint.stored:  # also keeps an absurd number of layers from being counted
+            raise ModelError(
+                f"is missing; the config has {self.layers} layers", file=checkpoint.model_dir, tensor=last
+            )
 
     def find(self, name: str, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> StoredTensor:
         """The tensor ``name``, of one of these types and shapes.  Raises ``ModelError``."""
