@@ -97,8 +97,9 @@ class TensorSource:
 class QuantOptions:
     """What the user asked for.
 
-    ``type`` is a type, a mixture (``mixtures.MIXTURES``) or ``KEEP``; ``None`` where types are to be allocated to an average of
-    ``target_bpw`` bits per weight or a file of ``target_size`` bytes (see ``allocate``); exactly one of the three.
+    ``type`` is a type, a mixture (``mixtures.MIXTURES``) or ``KEEP``; ``None`` where types are to be allocated to an
+    average of ``target_bpw`` bits per weight or a file of ``target_size`` bytes (see ``allocate``); exactly one of the
+    three.
     ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
     errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
     one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``resume`` keeps what an
@@ -371,7 +372,10 @@ def make_plan(
 
 
 def scheme_of(name: str, sources: list[TensorSource]) -> Scheme:
-    """The scheme of a type, a mixture or ``KEEP``; ``T2_M`` is short for ``ccq_t2_m``.  Raises ``PlanError`` if there is none."""
+    """The scheme of a type, a mixture or ``KEEP``; ``T2_M`` is short for ``ccq_t2_m``.
+
+    Raises ``PlanError`` if there is none.
+    """
     lower = name.strip().lower()
     for candidate in (lower, f"ccq_{lower}"):
         if candidate in MIXTURES:

@@ -262,8 +262,8 @@ class Checkpoint:
             if not files:
                 if (model_dir / "rank0").is_dir():
                     raise ModelError(
-                        "is split for tensor parallelism (rank0, ..), which cannot be undone without loss: take the TP1 "
-                        "release, which is one set of files",
+                        "is split for tensor parallelism (rank0, ..), which cannot be undone without loss: take the "
+                        "TP1 release, which is one set of files",
                         file=model_dir,
                     )
                 others = [p.name for suffix in ("*.bin", "*.pdparams") for p in sorted(model_dir.glob(suffix))]

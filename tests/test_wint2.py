@@ -27,7 +27,7 @@ from ccq_format.gguf_io import Model, open_model
 
 from .cli_common import without_advice
 from .ernie_wint2 import Release, bf16, make, natural, pack_wint4, pack_wint8
-from .test_hf2gguf_logits import TOLERANCE, in_llama_cpp, in_transformers, log_probabilities
+from .test_hf2gguf_logits import TOLERANCE, in_llama_cpp, in_transformers
 from .upstream_diff.models import Case, build
 
 SHARD = "model.safetensors"

@@ -1,8 +1,8 @@
 """The 2-bit release of ERNIE 4.5 for FastDeploy, the checkpoint of arXiv 2507.07145: each weight as it is stored.
 
-Most experts are "wint2", the bytes of CCQ_P2 in another arrangement; those of the first layers are "wint4" and all other
-matrices "wint8", in the order that PaddlePaddle's ``weight_quantize`` packs for tensor cores, with a scale per row: Q4_0
-and Q8_0 hold the same numbers.  Names are Paddle's, and vectors of bf16 are stored as U16.
+Most experts are "wint2", the bytes of CCQ_P2 in another arrangement; those of the first layers are "wint4" and all
+other matrices "wint8", packed for tensor cores by PaddlePaddle's ``weight_quantize``, with a scale per row: Q4_0
+and Q8_0 hold the same numbers.  Names are Paddle's, and bf16 may be stored as U16.
 
 Newer files have the inputs of wint2 matrices shuffled inside each group of 64, for the fragments of tensor cores:
 :data:`SHUFFLED`.  A code byte holds four neighbouring weights, so that they cannot be put back; instead all else moves.
@@ -231,9 +231,7 @@ class _Release:
         self.query, self.kv = heads * head_dim, kv_heads * head_dim
         last = f"ernie.layers.{self.layers - 1}.input_layernorm.weight"
         if last not in checkpoint.stored:  # also keeps an absurd number of layers from being counted
-            raise ModelError(
-                f"is missing; the config has {self.layers} layers", file=checkpoint.model_dir, tensor=last
-            )
+            raise ModelError(f"is missing; the config has {self.layers} layers", file=checkpoint.model_dir, tensor=last)
 
     def find(self, name: str, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> StoredTensor:
         """The tensor ``name``, of one of these types and shapes.  Raises ``ModelError``."""
