@@ -116,6 +116,41 @@ def test_sentencepiece_like(scheme: str, with_normalizer: bool, tmp_path: Path) 
     assert max(len(ids) for ids in got) > 5
 
 
+@pytest.mark.parametrize(
+    ("scheme", "special", "config", "fits"),
+    [
+        ("first", False, {}, False),
+        ("first", True, {}, True),
+        ("first", False, {"add_prefix_space": False}, True),
+        ("always", False, {}, True),
+        ("never", False, {}, True),
+    ],
+)
+def test_space_behind_added_tokens(
+    scheme: str, special: bool, config: dict[str, bool], fits: bool, tmp_path: Path
+) -> None:
+    """llama.cpp puts one behind every token that it finds in a text, if it puts one in front of the text."""
+    pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "a", "b", "ab"]
+    tokenizer = {
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False},
+        "added_tokens": [{"id": len(pieces), "content": "<tool>", "special": special}],
+        "model": {
+            "type": "BPE",
+            "byte_fallback": True,
+            "unk_token": "<unk>",
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": ["a b"],
+        },
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if fits:
+        assert load_vocab(tmp_path, 300).tokens[len(pieces)] == "<tool>"
+    else:
+        with pytest.raises(ModelError, match=r"tokenizer\.json.*puts a space before the text.*'<tool>'"):
+            load_vocab(tmp_path, 300)
+
+
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("keep_model", [True, False])
 def test_bos_of_a_saved_tokenizer(adds: bool, keep_model: bool, tmp_path: Path) -> None:
