@@ -186,6 +186,30 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+
+
+@pytest.mark.parametrize("regexes", [(GPT4O,), DEEPSEEK3], ids=["gpt-4o", "deepseek-v3"])
+def test_cut_alike(regexes: tuple[str, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    build(Case("m", "qwen2", {"num_hidden_layers": 1}), folder, bpe_tokenizer("qwen2").get_vocab_size())
+    save_bpe(folder, "qwen2")
+    steps = [*map(split, regexes), BYTES]
+    edit(folder, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = [text for text in TEXTS if "<|end|>" not in text] + ["camelCaseWORDS", "日本語テキスト123漢字 (x)"]
+    got = llama_cpp_ids(folder, tmp_path / "out.gguf", texts, add_special=False)
+    assert got == [encode(tokenizer, text, add_special_tokens=False) for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +221,8 @@ TEKKEN = (
         ([split(LLAMA3_REGEX.replace(r"\r\n", "\r\n")), BYTES], True, "llama-bpe"),
         ([split(QWEN2_REGEX), BYTES], False, "qwen2"),
         ([split(TEKKEN), BYTES], True, "tekken"),
+        ([split(GPT4O), BYTES], False, "gpt-4o"),
+        ([*map(split, DEEPSEEK3), BYTES], False, "deepseek-v3"),
         ([DIGITS, GPT2], False, "smollm"),
         ([GPT2], False, "gpt-2"),
     ],
@@ -219,6 +245,8 @@ def test_known_pretokenizers(steps: list[dict[str, Any]], ignore_merges: bool, n
         ([{"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated"}, BYTES], False, "no name"),
         ([split(QWEN2_REGEX), BYTES], True, "is qwen2, but 'ignore_merges' is true"),
         ([split(TEKKEN), BYTES], False, "is tekken, but 'ignore_merges' is false"),
+        ([split(DEEPSEEK3[0], "Removed", True), *map(split, DEEPSEEK3[1:]), BYTES], False, "no name"),
+        ([*map(split, DEEPSEEK3[1:]), BYTES], False, "no name"),
     ],
 )
 def test_unknown_pretokenizers(steps: list[dict[str, Any]], ignore_merges: bool, reason: str) -> None:
