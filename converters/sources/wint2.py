@@ -101,7 +101,8 @@ class Matrix:
             low, high = start // GROUP * GROUP, -(-stop // GROUP) * GROUP
             wanted = np.arange(start, stop)
             at = wanted // GROUP * GROUP + outputs[wanted % GROUP] - low
-            return self.raw(first + low, first + high, inputs)[at]
+            found: NDArray[np.uint8] = self.raw(first + low, first + high, inputs)[at]
+            return found
 
         def load(start: int, stop: int) -> NDArray[np.float32]:
             return _decoded(self.type_name, raw(start, stop))
@@ -157,7 +158,8 @@ def q8_0(codes: NDArray[np.int8], scale: NDArray[np.uint8]) -> NDArray[np.uint8]
 def q4_0(codes: NDArray[np.int8], scale: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Q4_0 rows, likewise."""
     unsigned = (codes + np.int8(8)).view(np.uint8).reshape(len(codes), -1, 32)
-    return _with_scale(unsigned[..., :16] | unsigned[..., 16:] << 4, scale)
+    halves: NDArray[np.uint8] = unsigned[..., :16] | unsigned[..., 16:] << np.uint8(4)
+    return _with_scale(halves, scale)
 
 
 def _with_scale(blocks: NDArray[np.uint8], scale: NDArray[np.uint8]) -> NDArray[np.uint8]:
