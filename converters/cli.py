@@ -19,7 +19,7 @@ from ccq_format.errors import CcqError
 
 from . import hessian as hessians
 from . import imatrix as importance
-from .plan import Plan, QuantOptions
+from .plan import KEEP, Plan, QuantOptions
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -133,7 +133,8 @@ def _quant_options(command: _F) -> _F:
             help="Type of the matrices: ccq_t1_5, ccq_t2, ccq_t2_5, ccq_t3, ccq_p2, ccq_p2_5, ccq_p2_75 (the prefix "
             "may be left out), f32, f16, bf16, q8_0, q5_0, q4_0 or mxfp4; embedding and output become q8_0, or f32, "
             "f16 or bf16 like the others. Or a mixture: ccq_t1_5_m, ccq_t2_m, ccq_t2_5_m, ccq_t3_m give the matrices "
-            "that matter most a larger type, and embedding and output smaller ones.",
+            "that matter most a larger type, and embedding and output smaller ones. Or keep: all matrices stay as they "
+            "are.",
         ),
         click.option(
             "--target-size",
@@ -212,6 +213,7 @@ def _options(
     threads: int,
     effort: str,
     split_max_size: int | None,
+    k_order: str | None = None,
     **flags: bool,
 ) -> tuple[Path, QuantOptions]:
     if output is None and not flags["dry_run"]:
@@ -238,6 +240,7 @@ def _options(
         resume=flags["resume"],
         calibrate=not flags["no_calibration"],
         feedback=feedback,
+        k_order=k_order,
     )
     return output or Path(), options
 
@@ -262,11 +265,21 @@ def main(verbose: bool) -> None:
 @main.command()
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @_quant_options
-def hf2gguf(model_dir: Path, **settings: Any) -> None:
-    """Convert a Hugging Face model folder (safetensors) to a GGUF file."""
+@click.option(
+    "--k-order",
+    type=click.Choice(["natural", "shuffled"]),
+    help="Order of the inputs of ERNIE's wint2 matrices, natural before July 2025, shuffled since.  [found out]",
+)
+def hf2gguf(model_dir: Path, k_order: str | None, **settings: Any) -> None:
+    """Convert a Hugging Face model folder (safetensors) to a GGUF file.
+
+    Without --type, --target-bpw and --target-size all matrices stay as they are (--type keep).
+    """
     from . import hf2gguf as converter
 
-    out, options = _options(**settings)
+    if all(settings[wish] is None for wish in ("type_name", "target_bpw", "target_size")):
+        settings["type_name"] = KEEP
+    out, options = _options(**settings, k_order=k_order)
     _report(converter.convert(model_dir, out, options), out, options)
 
 

@@ -56,12 +56,14 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
         raise ModelError("no such folder", file=model_dir)
     family = family_of(model_dir)
     # The tensors' shapes come first: they vouch for the sizes in the config before anything is built by them.
-    checkpoint = open_checkpoint(model_dir, family.config)
+    checkpoint = open_checkpoint(model_dir, family.config, options.k_order)
     sources = load_sources(family, checkpoint)
     vocab = load_vocab(model_dir, family.vocab_size)
 
     def set_metadata(writer: gguf.GGUFWriter) -> None:
         write_metadata(writer, model_dir, family, vocab, sources, options.type)
+        if checkpoint.residual_order is not None:
+            writer.add_array(f"{family.arch_name}.residual_order", checkpoint.residual_order)
 
     files = [model_dir / "config.json", *checkpoint.files]
     conversion = Conversion(Path(out), family.arch_name, sources, files, set_metadata, progress=progress)

@@ -37,6 +37,9 @@ FLOAT_TYPES = ("f32", "f16", "bf16")
 COPIED_TYPES = {"i8": 1, "i16": 2, "i32": 4, "i64": 8, "f64": 8}
 """Types that are no weights (token tables and the like): copied as they are; bytes per element."""
 
+KEEP = "keep"
+"""For ``QuantOptions.type``: leave every matrix as it is."""
+
 EXPERTS = re.compile(r"_(ch)?exps\.weight$")
 
 LoadRows = Callable[[int, int], NDArray[np.float32]]
@@ -85,16 +88,16 @@ class TensorSource:
 class QuantOptions:
     """What the user asked for.
 
-    ``type`` is a type or a mixture (``mixtures.MIXTURES``); ``None`` where types are to be allocated to an average of
-    ``target_bpw`` bits per weight or a file of ``target_size`` bytes, or ``target_ratio`` times what all weights take
-    in 16 bits (see ``allocate``); exactly one of the four.
+    ``type`` is a type, a mixture (``mixtures.MIXTURES``) or ``KEEP``; ``None`` where types are to be allocated to an
+    average of ``target_bpw`` bits per weight or a file of ``target_size`` bytes, or ``target_ratio`` times what all
+    weights take in 16 bits (see ``allocate``); exactly one of the four.
     ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
     errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
     one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``calibrate`` lets
     ``automatic`` measure the data that few bits need and that are not given, with ``feedback`` Hessians as well;
     ``resume`` keeps what an interrupted conversion has encoded, and goes on there; no file of the output is larger than
-    ``split_max_size`` bytes (see ``ccq_format.gguf_io.SplitWriter``).  ``resume.job_of`` must know which fields change
-    no byte.
+    ``split_max_size`` bytes (see ``ccq_format.gguf_io.SplitWriter``); ``k_order`` is the order of the inputs of wint2
+    matrices (``sources.wint2.ORDERS``, ``None`` = find out).  ``resume.job_of`` must know which fields change no byte.
     """
 
     type: str | None = None
@@ -113,6 +116,7 @@ class QuantOptions:
     calibrate: bool = False
     feedback: bool = False
     split_max_size: int | None = None
+    k_order: str | None = None
 
     def __post_init__(self) -> None:
         wishes = (self.type, self.target_bpw, self.target_size, self.target_ratio)
@@ -130,6 +134,11 @@ class PlannedTensor:
     nbytes: int
     reason: str
     loss: float | None = None
+
+    @property
+    def copied(self) -> bool:
+        """Whether its bytes are those of the source, unchanged."""
+        return self.source.raw_rows is not None and self.type == self.source.source_type
 
 
 class Scheme(Protocol):
@@ -155,6 +164,24 @@ class Pure:
     def vocabulary(self, name: str) -> tuple[str, str]:
         """See ``Scheme``."""
         return "q8_0", "embedding or output"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The type that every matrix has already, by tensor name."""
+
+    types: Mapping[str, str]
+
+    def matrix(self, name: str) -> tuple[str, str]:
+        """See ``Scheme``.  Raises ``PlanError`` if it is none that a file can have."""
+        try:
+            return parse_type(self.types[name]), "--type keep"
+        except PlanError:
+            raise PlanError(f"is {self.types[name]}, which cannot be kept; choose a type", tensor=name) from None
+
+    def vocabulary(self, name: str) -> tuple[str, str]:
+        """See ``Scheme``."""
+        return self.matrix(name)
 
 
 @dataclass(frozen=True)
@@ -283,7 +310,7 @@ def parse_type(text: str) -> str:
             return layouts.by_name(candidate).name
         except KeyError:
             continue
-    known = ", ".join([*(layout.name for layout in layouts.LAYOUTS), *MIXTURES, *STOCK_TYPES])
+    known = ", ".join([*(layout.name for layout in layouts.LAYOUTS), *MIXTURES, *STOCK_TYPES, KEEP])
     raise PlanError(f"unknown type '{text}'; known types: {known}")
 
 
@@ -404,11 +431,16 @@ def fallback(type_name: str, row_len: int) -> str:
 
 
 def scheme_of(name: str, sources: list[TensorSource]) -> Scheme:
-    """The scheme of a type or a mixture; ``T2_M`` is short for ``ccq_t2_m``.  Raises ``PlanError`` if there is none."""
+    """The scheme of a type, a mixture or ``KEEP``; ``T2_M`` is short for ``ccq_t2_m``.
+
+    Raises ``PlanError`` if there is none.
+    """
     lower = name.strip().lower()
     for candidate in (lower, f"ccq_{lower}"):
         if candidate in MIXTURES:
             return MixtureScheme(MIXTURES[candidate], [(s.name, s.shape) for s in sources])
+    if lower == KEEP:
+        return Keep({s.name: s.source_type for s in sources})
     return Pure(parse_type(name))
 
 
@@ -481,8 +513,8 @@ class _Chooser:
             stored = source.source_type
             as_stored = stored in ("f32", "f16") or (is_quantized(stored) and source.raw_rows is not None)
             return stored if as_stored else "f32", reason
-        if isinstance(scheme, Pure) and scheme.type in FLOAT_TYPES:
-            return scheme.type, "--type"
+        if isinstance(scheme, Keep) or (isinstance(scheme, Pure) and scheme.type in FLOAT_TYPES):
+            return scheme.matrix(name)
         if fate is Fate.VOCABULARY:
             return scheme.vocabulary(name)
         if fate is Fate.Q8_0:

@@ -29,6 +29,19 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_THREE_DIGITS = r"\p{N}{1,3}"
+_CJK = "[一-龥぀-ゟ゠-ヿ]+"
+_DEEPSEEK3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_WITH_GAPS = frozenset({_THREE_DIGITS, _CJK})
+"""Expressions that do not match all text; what is between their matches is a word, too."""
+
 _NAMES: dict[tuple[str, ...], dict[bool, str]] = {
     # Steps -> whether the model ignores merges -> name.  smaug-bpe is llama-bpe without that.
     (f"split {_LLAMA3}", "bytes"): {True: "llama-bpe", False: "smaug-bpe"},
@@ -36,6 +49,8 @@ _NAMES: dict[tuple[str, ...], dict[bool, str]] = {
     (f"split {_QWEN35}", "bytes"): {False: "qwen35"},
     (f"split {_SEED_CODER}", "bytes"): {False: "seed-coder"},
     (f"split {_TEKKEN}", "bytes"): {True: "tekken"},
+    (f"split {_GPT4O}", "bytes"): {False: "gpt-4o"},
+    (f"split {_THREE_DIGITS}", f"split {_CJK}", f"split {_DEEPSEEK3}", "bytes"): {False: "deepseek-v3"},
     ("digits", "gpt2"): {False: "smollm"},
     ("gpt2",): {False: "gpt-2"},
 }
@@ -66,9 +81,10 @@ def _describe(step: dict[str, Any]) -> str:
         return "digits"
     if kind == "Split" and isinstance(step.get("pattern"), dict):
         pattern = step["pattern"].get("Regex")
-        # All our expressions match any text without a gap, so that keeping the matches and dropping what is between
+        # The other expressions match any text without a gap, so that keeping the matches and dropping what is between
         # them is the same as cutting at them.
-        keeps = (step.get("behavior"), bool(step.get("invert"))) in (("Isolated", False), ("Removed", True))
+        how = step.get("behavior"), bool(step.get("invert"))
+        keeps = how == ("Isolated", False) or (how == ("Removed", True) and pattern not in _WITH_GAPS)
         if isinstance(pattern, str) and keeps:
             return "split " + pattern.replace("\r", r"\r").replace("\n", r"\n")
     return repr(step)

@@ -247,6 +247,9 @@ class Checkpoint:
 
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
+        self.residual_order: list[int] | None = None
+        """Where the hidden states are not numbered as the model's author does: channel ``s`` of each group of as many
+        is the original's channel ``residual_order[s]`` of that group."""
         self._stored: dict[str, StoredTensor] = {}
         index_path, single = model_dir / INDEX_NAME, model_dir / SINGLE_NAME
         if single.is_file():
@@ -258,7 +261,13 @@ class Checkpoint:
         else:
             files = sorted(p for p in model_dir.glob("model*.safetensors") if p.is_file())
             if not files:
-                others = [p.name for p in sorted(model_dir.glob("*.bin"))]
+                if (model_dir / "rank0").is_dir():
+                    raise ModelError(
+                        "is split for tensor parallelism (rank0, ..), which cannot be undone without loss: take the "
+                        "TP1 release, which is one set of files",
+                        file=model_dir,
+                    )
+                others = [p.name for suffix in ("*.bin", "*.pdparams") for p in sorted(model_dir.glob(suffix))]
                 hint = f" ({others[0]} is no safetensors file: save the model again as safetensors)" if others else ""
                 raise ModelError(f"holds no model.safetensors and no {INDEX_NAME}{hint}", file=model_dir)
             for path in files:

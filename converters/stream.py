@@ -186,7 +186,7 @@ def check_importance(plan: Plan, importance: Importance) -> None:
 def _wants_data(tensor: PlannedTensor) -> bool:
     """Whether a tensor needs data to be encoded well: not an embedding, whose rows are looked up, nor the output
     matrix, which is left out of the data by default."""
-    return is_ccq(tensor.type) and not is_vocabulary(tensor.source.name)
+    return is_ccq(tensor.type) and not tensor.copied and not is_vocabulary(tensor.source.name)
 
 
 def _is_output(tensor: PlannedTensor, tied: bool) -> bool:
@@ -281,7 +281,7 @@ def _declare(
         writer.copy_metadata(copy_from)
     if set_metadata is not None:
         set_metadata(writer.gguf)
-    if options.imatrix is not None and any(is_ccq(t.type) for t in plan.tensors):
+    if options.imatrix is not None and any(is_ccq(t.type) and not t.copied for t in plan.tensors):
         _note_importance(writer.gguf, options.imatrix)
     for tensor in plan.tensors:
         writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)
@@ -365,11 +365,12 @@ def encoded_rows(
     if options.imatrix is not None and is_ccq(tensor.type):
         importance = options.imatrix.for_tensor(source.name, source.matrices, source.row_len)
     threads = options.threads if options.threads > 0 else cpu_count()
-    step = max(1, (_CHUNK_CCQ * threads if is_ccq(tensor.type) else _CHUNK_PLAIN) // source.row_len)
-    if options.hessian is not None and is_ccq(tensor.type) and source.name in options.hessian:
+    searched = is_ccq(tensor.type) and not tensor.copied
+    step = max(1, (_CHUNK_CCQ * threads if searched else _CHUNK_PLAIN) // source.row_len)
+    if options.hessian is not None and searched and source.name in options.hessian:
         yield from _rows_with_feedback(tensor, options.hessian, threads, options.effort, errors, first)
         return
-    copied = source.raw_rows if tensor.type == source.source_type else None
+    copied = source.raw_rows if tensor.copied else None
     for start in range(first, source.rows, step):
         stop = min(start + step, source.rows)
         weights = (stop - start) * source.row_len

@@ -269,7 +269,7 @@ def _merge_pairs(path: Path, model: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _sentencepiece_json(path: Path, tokenizer: dict[str, Any], config: dict[str, Any], vocab_size: int) -> Vocab:
     """A SentencePiece BPE model saved as tokenizer.json: its scores are the order of its merges."""
-    prefix = _metaspace_prefix(path, tokenizer)
+    scheme = _prepend_scheme(path, tokenizer)
     model = tokenizer["model"]
     tokens, types = _unused(vocab_size)
     scores = [_PAD_SCORE] * vocab_size
@@ -286,24 +286,31 @@ def _sentencepiece_json(path: Path, tokenizer: dict[str, Any], config: dict[str,
     added = {token: entry for token, entry in added.items() if entry.content != unknown}
     _apply_added(path, added, tokens, types, scores)
     setting = _prefix_setting(path.parent / "tokenizer_config.json", config)
-    if setting is not None:
-        prefix = setting
+    prefix = scheme != "never" if setting is None else setting
+    in_text = [token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.USER_DEFINED]
+    if prefix and scheme == "first" and in_text:
+        raise ModelError(
+            f"puts a space before the text, but none behind added tokens such as {in_text[0]!r}; llama.cpp puts one "
+            "there, too",
+            file=path,
+        )
     special = _special(path.parent, n_vocab=vocab_size)
     return Vocab("llama", "default", tokens, types, scores, special, None if prefix else False)
 
 
-def _metaspace_prefix(path: Path, tokenizer: dict[str, Any]) -> bool:
-    """Whether text gets a leading space, by the tokenizer's normalizer or pre-tokenizer.
+def _prepend_scheme(path: Path, tokenizer: dict[str, Any]) -> str:
+    """When text gets a leading space, by the tokenizer's normalizer or pre-tokenizer: ``"always"``, that is behind
+    every added token, too, ``"first"``, at the start only, or ``"never"``.
 
     The Metaspace step adds none to text that starts with a space; SentencePiece, and llama.cpp with it, always do.
 
     Raises ``ModelError`` if these do anything but replace spaces by the SentencePiece space.
     """
-    prefix = replaces = False
+    scheme, replaces = "never", False
     for step in _steps(tokenizer.get("normalizer"), "normalizers"):
         kind = step.get("type")
         if kind == "Prepend" and step.get("prepend") == _SPACE:
-            prefix = True
+            scheme = "always"
         elif kind == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == _SPACE:
             replaces = True
         else:
@@ -312,11 +319,11 @@ def _metaspace_prefix(path: Path, tokenizer: dict[str, Any]) -> bool:
         if step.get("type") != "Metaspace" or step.get("replacement") != _SPACE or step.get("split"):
             raise ModelError(f"its pre-tokenizer is unknown to llama.cpp: {step!r}", file=path)
         replaces = True
-        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-        prefix = prefix or scheme != "never"
+        if scheme == "never":
+            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
     if not replaces:
         raise ModelError("has byte fallback but does not replace spaces as SentencePiece does", file=path)
-    return prefix
+    return str(scheme)
 
 
 def _steps(spec: Any, key: str) -> list[dict[str, Any]]:

@@ -116,6 +116,41 @@ def test_sentencepiece_like(scheme: str, with_normalizer: bool, tmp_path: Path) 
     assert max(len(ids) for ids in got) > 5
 
 
+@pytest.mark.parametrize(
+    ("scheme", "special", "config", "fits"),
+    [
+        ("first", False, {}, False),
+        ("first", True, {}, True),
+        ("first", False, {"add_prefix_space": False}, True),
+        ("always", False, {}, True),
+        ("never", False, {}, True),
+    ],
+)
+def test_space_behind_added_tokens(
+    scheme: str, special: bool, config: dict[str, bool], fits: bool, tmp_path: Path
+) -> None:
+    """llama.cpp puts one behind every token that it finds in a text, if it puts one in front of the text."""
+    pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "a", "b", "ab"]
+    tokenizer = {
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False},
+        "added_tokens": [{"id": len(pieces), "content": "<tool>", "special": special}],
+        "model": {
+            "type": "BPE",
+            "byte_fallback": True,
+            "unk_token": "<unk>",
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": ["a b"],
+        },
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if fits:
+        assert load_vocab(tmp_path, 300).tokens[len(pieces)] == "<tool>"
+    else:
+        with pytest.raises(ModelError, match=r"tokenizer\.json.*puts a space before the text.*'<tool>'"):
+            load_vocab(tmp_path, 300)
+
+
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("keep_model", [True, False])
 def test_bos_of_a_saved_tokenizer(adds: bool, keep_model: bool, tmp_path: Path) -> None:
@@ -151,6 +186,30 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+
+
+@pytest.mark.parametrize("regexes", [(GPT4O,), DEEPSEEK3], ids=["gpt-4o", "deepseek-v3"])
+def test_cut_alike(regexes: tuple[str, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    build(Case("m", "qwen2", {"num_hidden_layers": 1}), folder, bpe_tokenizer("qwen2").get_vocab_size())
+    save_bpe(folder, "qwen2")
+    steps = [*map(split, regexes), BYTES]
+    edit(folder, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = [text for text in TEXTS if "<|end|>" not in text] + ["camelCaseWORDS", "日本語テキスト123漢字 (x)"]
+    got = llama_cpp_ids(folder, tmp_path / "out.gguf", texts, add_special=False)
+    assert got == [encode(tokenizer, text, add_special_tokens=False) for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +221,8 @@ TEKKEN = (
         ([split(LLAMA3_REGEX.replace(r"\r\n", "\r\n")), BYTES], True, "llama-bpe"),
         ([split(QWEN2_REGEX), BYTES], False, "qwen2"),
         ([split(TEKKEN), BYTES], True, "tekken"),
+        ([split(GPT4O), BYTES], False, "gpt-4o"),
+        ([*map(split, DEEPSEEK3), BYTES], False, "deepseek-v3"),
         ([DIGITS, GPT2], False, "smollm"),
         ([GPT2], False, "gpt-2"),
     ],
@@ -184,6 +245,8 @@ def test_known_pretokenizers(steps: list[dict[str, Any]], ignore_merges: bool, n
         ([{"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated"}, BYTES], False, "no name"),
         ([split(QWEN2_REGEX), BYTES], True, "is qwen2, but 'ignore_merges' is true"),
         ([split(TEKKEN), BYTES], False, "is tekken, but 'ignore_merges' is false"),
+        ([split(DEEPSEEK3[0], "Removed", True), *map(split, DEEPSEEK3[1:]), BYTES], False, "no name"),
+        ([*map(split, DEEPSEEK3[1:]), BYTES], False, "no name"),
     ],
 )
 def test_unknown_pretokenizers(steps: list[dict[str, Any]], ignore_merges: bool, reason: str) -> None:

@@ -78,6 +78,31 @@ def test_dummy_prefix_from_the_normalizer(prefix: bool, tmp_path: Path) -> None:
     assert vocab.add_space_prefix is (None if prefix else False)
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_saved_again_without_the_model(prefix: bool, tmp_path: Path) -> None:
+    """What transformers 5 makes of it, a tokenizer.json alone, gives the ids of the SentencePiece model all the same:
+    also where transformers itself no longer does, behind spaces at the start."""
+    import transformers
+
+    folder = tmp_path / "model"
+    build(Case("m", "llama", {"num_hidden_layers": 1}), folder)
+    model = proto()
+    model.normalizer_spec.add_dummy_prefix = prefix
+    for piece in model.pieces:
+        if piece.type == spm.ModelProto.SentencePiece.USER_DEFINED:
+            piece.type = spm.ModelProto.SentencePiece.NORMAL
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": prefix, "add_bos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    expected = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(TEXTS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    tokenizer.save_pretrained(folder)
+    assert not (folder / "tokenizer.model").exists()
+    assert ids_of(folder, tmp_path / "out.gguf", TEXTS) == expected
+
+
 def test_added_tokens_and_padding(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(proto().SerializeToString())
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<tool>": 4096, "<far>": 5000}))

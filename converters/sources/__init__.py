@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ccq_format.errors import ModelError
+
 from ..arch.config import Config
 from ..safetensors_io import Checkpoint
-from . import awq, compressed, gptq, modelopt, mxfp4, scaled
+from . import awq, compressed, gptq, modelopt, mxfp4, scaled, wint2
 from .format import Format, Settings
 
 FORMATS: dict[str, Format] = {
@@ -32,17 +34,24 @@ _RUN_TIME = re.compile(
 """Scales of activations and of the KV cache: llama.cpp quantizes its own way."""
 
 
-def open_checkpoint(model_dir: Path, config: Config) -> Checkpoint:
+def open_checkpoint(model_dir: Path, config: Config, k_order: str | None = None) -> Checkpoint:
     """The tensors of ``model_dir``, quantized ones in the form of the matrices that they stand for.
 
-    Raises ``ModelError`` for a format that is unknown or damaged, and as ``Checkpoint`` does.
+    ``k_order`` is the order of the inputs of wint2 matrices, if it is not to be found out.  Raises ``ModelError`` for a
+    format that is unknown or damaged, and as ``Checkpoint`` does.
     """
     checkpoint = Checkpoint(model_dir)
     raw = config.raw.get("quantization_config") or config.raw.get("compression_config")
+    if raw and not isinstance(raw, dict):
+        raise config.error(f"'quantization_config' must be an object, it is {raw!r}")
+    if wint2.is_wint2(checkpoint):
+        order = wint2.decode(config, checkpoint, k_order)
+        checkpoint.residual_order = None if order is None else order.tolist()
+        return checkpoint
+    if k_order is not None:
+        raise ModelError("--k-order: it has no wint2 matrices", file=model_dir)
     if not raw:
         return checkpoint
-    if not isinstance(raw, dict):
-        raise config.error(f"'quantization_config' must be an object, it is {raw!r}")
     settings = Settings(raw, config)
     method = raw.get("quant_method")
     if method not in FORMATS:
