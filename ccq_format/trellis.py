@@ -141,7 +141,7 @@ class TrellisCode:
         p = 1, by column                        0.0569   0.894 / 1.106
         ======================================  =======  ==========================
 
-        With error feedback, which moves the losses to later columns, one gain for all is better (``feedback``).
+        How much of it error feedback takes depends on the model (``feedback.gain_strength``).
         """
         raised = 4.0**-layout.bpw
         if weights is None:

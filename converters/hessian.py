@@ -13,6 +13,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 from collections.abc import Mapping
 from math import prod
 from typing import Any, BinaryIO
@@ -28,6 +29,7 @@ from .safetensors_io import read_header
 
 VERSION = "1"
 _COUNTS = ".counts"
+_LAYER = re.compile(r"\bblk\.(\d+)\.")
 _CHUNK = 1 << 22
 """Values that are read at a time."""
 
@@ -143,6 +145,11 @@ class Hessians:
 
     def __contains__(self, name: str) -> bool:
         return self._shared.get(name, name) in self._stored
+
+    @property
+    def depth(self) -> int:
+        """Number of layers (``blk.N``) that there are Hessians of."""
+        return len({match[1] for name in (*self._stored, *self._shared) if (match := _LAYER.search(name))})
 
     def fits(self, name: str, n_matrices: int, row_len: int) -> bool:
         """Whether there is a Hessian of that name and of the right shape for :meth:`product`."""

@@ -430,6 +430,7 @@ def _factors(tensor: PlannedTensor, hessians: Hessians, matrix: int) -> Factors:
     # In float64 from the start, and in place: 8 n^2 bytes are all that a row length of n needs.
     product, count = hessians.product(source.name, source.matrices, source.row_len, matrix, dtype=np.float64)
     try:
-        return factorize(product, layouts.by_name(tensor.type), count=count, overwrite=True)
+        layout = layouts.by_name(tensor.type)
+        return factorize(product, layout, count=count, depth=hessians.depth, overwrite=True)
     except ImportanceError as error:
         raise ImportanceError(error.reason, file=hessians.file, tensor=source.name) from error

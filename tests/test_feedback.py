@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from kernels_common import levels_and_scales
 from numpy.typing import NDArray
 
 import ccq_backend
-from ccq_converters.feedback import Factors, encode_with_feedback, factorize
+from ccq_converters.feedback import encode_with_feedback, factorize
 from ccq_converters.hessian import Hessians, HessianWriter
 from ccq_converters.plan import QuantOptions
 from ccq_converters.quantize import quantize
@@ -70,7 +71,7 @@ def test_coupling_inside_the_block_lowers_the_error_further() -> None:
     x, hessian = gaussian(48, 128), correlated_hessian(128)
     factors = factorize(hessian, layout)
     assert factors.coupling is not None
-    between = Factors(layout, factors.spread, factors.weights, np.zeros_like(factors.coupling))
+    between = replace(factors, coupling=np.zeros_like(factors.coupling))
     inside = layer_error(x, encode_with_feedback(x, factors), layout, hessian)
     assert inside < 0.8 * layer_error(x, encode_with_feedback(x, between), layout, hessian)
 
@@ -245,15 +246,15 @@ def test_quantize_uses_the_file(model: Path, tmp_path: Path, caplog: pytest.LogC
     quantize(model, out, QuantOptions("ccq_t2", hessian=Hessians(path)), progress=False)
     layout = layouts.by_name("ccq_t2")
     written = {info.name: np.asarray(info.data()).reshape(info.n_rows, -1) for info in open_model(out).tensors}
-    expected = encode_with_feedback(gaussian(32, 128), factorize(q, layout, count=1000.0))
+    expected = encode_with_feedback(gaussian(32, 128), factorize(q, layout, count=1000.0, depth=1))
     assert np.array_equal(written[Q], expected)
     x = gaussian(48, 64, 3)
     for matrix, product in enumerate(stack):
         rows = slice(24 * matrix, 24 * matrix + 24)
-        expected = encode_with_feedback(x[rows], factorize(product, layout, count=500.0))
+        expected = encode_with_feedback(x[rows], factorize(product, layout, count=500.0, depth=1))
         assert np.array_equal(written[STACK][rows], expected)
     # One without a Hessian of its own has that of the same input, if there is one.
-    expected = encode_with_feedback(gaussian(8, 128), factorize(q, layout, count=1000.0))
+    expected = encode_with_feedback(gaussian(8, 128), factorize(q, layout, count=1000.0, depth=1))
     assert np.array_equal(written["blk.0.attn_k.weight"], expected)
     assert "no Hessian for 1 of 4 tensors: blk.0.attn_output.weight" in caplog.text
 
@@ -278,3 +279,15 @@ def test_file_of_another_model(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ImportanceError, match="another model") as caught:
         quantize(model, tmp_path / "out.gguf", QuantOptions("ccq_t2", hessian=Hessians(path)), progress=False)
     assert caught.value.file == str(path)
+
+
+def test_gain_follows_the_depth_of_the_model(tmp_path: Path) -> None:
+    """4 layers or fewer: 1.4 times the type's; then by the root of their number; P types have none."""
+    hessian = correlated_hessian(128)
+    layout = layouts.by_name("ccq_t2")
+    for depth, strength in ((None, 1.0), (1, 1.4), (4, 1.4), (16, 0.7), (49, 0.4)):
+        factors = factorize(hessian, layout, depth=depth)
+        np.testing.assert_allclose(factors.gain - 1, strength * (layout.code.gain(layout, factors.weights) - 1), 1e-4)
+    assert (factorize(correlated_hessian(512), layouts.by_name("ccq_p2"), depth=4).gain == 1).all()
+    path = write_hessians(tmp_path / "h.safetensors", hessian, [correlated_hessian(64, 5), correlated_hessian(64, 6)])
+    assert Hessians(path).depth == 1
