@@ -342,9 +342,11 @@ def _size_budget(
     """What decides embedding and output, and the bytes that are left to ``free``."""
     assert options.target_size is not None
     names = {s.name for s in free}
-    low, high = (
-        sum(overhead.padded(s.rows * row_bytes(name, s.row_len)) for s in free) for name in (LADDER[0], LADDER[-1])
+    low = sum(
+        min(overhead.padded(s.rows * row_bytes(name, s.row_len)) for name in LADDER if s.row_len % block(name)[0] == 0)
+        for s in free
     )
+    high = sum(overhead.padded(s.rows * row_bytes(LADDER[-1], s.row_len)) for s in free)
     levels = []
     for embedding, output, bpw in _LEVELS:
         scheme = MixtureScheme(Mixture("--target-size", _BASE, embedding, output), [(s.name, s.shape) for s in sources])

@@ -108,9 +108,9 @@ def _quant_options(command: _F) -> _F:
             "--type",
             "type_name",
             metavar="TYPE",
-            help="Type of the matrices: ccq_t1_5, ccq_t2, ccq_t2_5, ccq_t3, ccq_p2, ccq_p2_5, ccq_p2_75 (the prefix "
-            "may be left out), f32, f16, bf16, q8_0, q5_0, q4_0 or mxfp4; embedding and output become q8_0, or f32, "
-            "f16 or bf16 like the others. Or a mixture: ccq_t1_5_m, ccq_t2_m, ccq_t2_5_m, ccq_t3_m give the matrices "
+            help="Type of the matrices: ccq_t1, ccq_t1_5, ccq_t2, ccq_t2_5, ccq_t3, ccq_p2, ccq_p2_5, ccq_p2_75 (the "
+            "prefix may be left out), f32, f16, bf16, q8_0, q5_0, q4_0 or mxfp4; embedding and output become q8_0, or "
+            "f32, f16 or bf16 like the others. Or a mixture: ccq_t1_5_m, ccq_t2_m, ccq_t2_5_m, ccq_t3_m give the matrices "
             "that matter most a larger type, and embedding and output smaller ones.",
         ),
         click.option(
@@ -157,6 +157,7 @@ def _quant_options(command: _F) -> _F:
         click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]"),
         click.option("--dry-run", is_flag=True, help="Only print the plan."),
         click.option("--no-fallback", is_flag=True, help="Fail where a row does not fit a type's block."),
+        click.option("--force", is_flag=True, help="Encode to ccq_t1 without importance data, too."),
         click.option("--overwrite", is_flag=True, help="Replace an existing file."),
         click.option(
             "--resume",
@@ -195,6 +196,7 @@ def _options(
         threads=threads,
         effort=effort,
         fallback=not flags["no_fallback"],
+        force=flags["force"],
         overwrite=flags["overwrite"],
         dry_run=flags["dry_run"],
         resume=flags["resume"],

@@ -46,6 +46,9 @@ SMALL = re.compile(
 """Tensors of two or more dimensions that llama.cpp itself never quantizes (``tensor_allows_quantization`` in
 ``src/llama-quant.cpp``): norms, routers, and small weights that other operations than a matrix product read."""
 
+SMALLER_BLOCKS = {"ccq_t1": "ccq_t1_5"}
+"""What a row falls back to before q8_0 if it is no multiple of the type's block: the next larger type of its kind."""
+
 EXPERTS = re.compile(r"_(ch)?exps\.weight$")
 
 LoadRows = Callable[[int, int], NDArray[np.float32]]
@@ -97,9 +100,10 @@ class QuantOptions:
     ``type`` is a type or a mixture (``mixtures.MIXTURES``); ``None`` where types are to be allocated to an average of
     ``target_bpw`` bits per weight or a file of ``target_size`` bytes (see ``allocate``); exactly one of the three.
     ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
-    errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
-    one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``resume`` keeps what an
-    interrupted conversion has encoded, and goes on there.  ``resume.job_of`` must know which fields change no byte.
+    errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means one
+    per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``force`` takes types that
+    make no sense without importance data all the same; ``resume`` keeps what an interrupted conversion has encoded, and
+    goes on there.  ``resume.job_of`` must know which fields change no byte.
     """
 
     type: str | None = None
@@ -110,6 +114,7 @@ class QuantOptions:
     overwrite: bool = False
     dry_run: bool = False
     resume: bool = False
+    force: bool = False
     imatrix: Importance | None = None
     hessian: Hessians | None = None
     target_bpw: float | None = None
@@ -307,8 +312,8 @@ def make_plan(
     for every other matrix (2-D, or a 3-D stack of experts, its name ending in ``.weight``) ``scheme`` chooses, by
     default that of ``options.type``; a float type in ``options.type`` takes them all.
     ``options.overrides`` win over these rules for tensors of two or more dimensions.  A row length that is no multiple
-    of the chosen type's block falls back to q8_0, then f16.  ``losses`` by tensor name, and their unit, are noted in
-    the plan.
+    of the chosen type's block falls back to q8_0, then f16; from ccq_t1 to ccq_t1_5 first.  ``losses`` by tensor name,
+    and their unit, are noted in the plan.
 
     Raises ``PlanError`` for an unknown type, a bad or unmatched pattern, or a fallback where none is allowed.
     """
@@ -332,7 +337,9 @@ def make_plan(
                 )
             blocks.add(weights)
             reason = f"row length {source.row_len} does not fit {target} ({weights})"
-            target = "q8_0" if source.row_len % STOCK_TYPES["q8_0"][0] == 0 else "f16"
+            others = [SMALLER_BLOCKS[target]] if target in SMALLER_BLOCKS else []
+            fitting = (other for other in [*others, "q8_0"] if source.row_len % block(other)[0] == 0)
+            target = next(fitting, "f16")
         loss = losses.get(source.name) if losses is not None else None
         tensor = PlannedTensor(source, target, source.rows * row_bytes(target, source.row_len), reason, loss)
         planned.append(tensor)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ccq_format import layouts
 from ccq_format._partial import partial_path
-from ccq_format.errors import CcqError, ImportanceError
+from ccq_format.errors import CcqError, ImportanceError, PlanError
 from ccq_format.gguf_io import Model, ModelWriter
 
 from . import borrow
@@ -76,6 +76,7 @@ def write_model(
     if options.imatrix is not None:
         check_importance(plan, options.imatrix)
     elif options.hessian is None:
+        refuse_without_data(plan, options.force)
         warn_without_data(plan)
     if options.hessian is not None:
         check_hessians(plan, options.hessian)
@@ -100,6 +101,21 @@ NEEDS_DATA = 4.0
 Without that SmolLM2-135M in CCQ_T2 has a KL divergence from itself of 6.0 and talks nonsense; with importance 0.98
 (``calibrate --chunks 64`` on the bundled text; 16 windows of 512, technical English).  A few input
 channels of real models carry most of the signal, and errors that count alike waste the bits on the others."""
+
+
+USELESS_WITHOUT_DATA = 1.5
+"""Bits per weight below which no model says anything without such data; see ``NEEDS_DATA``."""
+
+
+def refuse_without_data(plan: Plan, force: bool) -> None:
+    """Raise ``PlanError`` if a matrix gets fewer than ``USELESS_WITHOUT_DATA`` bits per weight, unless ``force``."""
+    for t in plan.tensors:
+        if not force and _wants_data(t) and 8 * t.nbytes < USELESS_WITHOUT_DATA * t.source.n_weights:
+            raise PlanError(
+                f"{t.type} is of no use without importance data: run `ccq-convert calibrate` first and give its files "
+                "with --imatrix and --hessian (or insist with --force)",
+                tensor=t.source.name,
+            )
 
 
 def warn_without_data(plan: Plan) -> None:

@@ -61,7 +61,6 @@ def test_version_is_the_packages() -> None:
 
 def test_types_table() -> None:
     wanted = [[t.name.upper(), str(t.gguf_id), str(t.block_weights), str(t.block_bytes), f"{t.bpw:g}"] for t in LAYOUTS]
-    wanted += [[name.upper(), str(i), "reserved", "", ""] for i, name in layouts.RESERVED_IDS.items()]
     assert table_rows("types") == wanted
 
 

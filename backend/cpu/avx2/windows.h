@@ -1,6 +1,6 @@
 /* Groups of all types, vector by vector in registers, for products with AVX2.
  *
- * A group is four vectors of 16-bit lanes.  Those of T1_5, T2_5 and T3 hold, in lane l of vector i, window 4 l + i.
+ * A group is four vectors of 16-bit lanes.  Those of T1, T1_5, T2_5 and T3 hold, in lane l of vector i, window 4 l + i.
  * T2, whose cycle is one 128-bit part, goes in pairs of rows, one to each part, and eight vectors: lane j of a part of
  * vector i has window 8 j + i.  P2 has weight i of its states 0, 8, 1, 9, ... in the lanes of vector i; the other P
  * types come in their natural order.
@@ -10,6 +10,7 @@
  * of each.  Instructions for 64 windows (avx2/trellis.h takes 20):
  *
  *            bases                                            windows   all
+ *     T1     lanes 4 bits apart                           3         7    10
  *     T1_5   lanes 6 bits apart                           4         6    10
  *     T2     from bit 0 and 2, and both from a byte on    3         4     7   (half of those for a pair of rows)
  *     T2_5   lanes 10 bits apart from bit 0 and 5        10         6    16
@@ -93,9 +94,12 @@ CCQ_INLINE __m256i lanes_from(__m256i dwords, int even, int odd, int apart) {
 }
 
 /* base[0..3], as window() takes them. */
-CCQ_INLINE void trellis_bases(int type, const uint8_t * const * block, __m256i base[4]) {
+CCQ_INLINE void trellis_bases(int type, const uint8_t * const * block, int group, __m256i base[4]) {
     const uint8_t * codes = block[0] + 1;
-    if (type == CCQ_INDEX_T1_5) {
+    if (type == CCQ_INDEX_T1) { /* a pair's dword starts at a byte */
+        const __m256i dwords = _mm256_shuffle_epi8(t1_cycle(block[0], group), CCQ_DWORDS(8, 0, 16, 0));
+        base[0] = _mm256_blend_epi16(dwords, _mm256_slli_epi32(dwords, 12), 0xaa);
+    } else if (type == CCQ_INDEX_T1_5) {
         const __m256i cycle = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codes));
         base[0] = lanes_from(_mm256_shuffle_epi8(cycle, CCQ_DWORDS(12, 0, 12, 0)), 0, 4, 6);
     } else if (type == CCQ_INDEX_T2) {
@@ -123,6 +127,7 @@ CCQ_INLINE __m256i window(int type, const __m256i base[4], int i) {
     __m256i from = base[0];
     int at = 0;
     switch (type) {
+    case CCQ_INDEX_T1: at = i; break;
     case CCQ_INDEX_T1_5: at = i == 3 ? 4 : i == 2 ? 3 : i; break;
     case CCQ_INDEX_T2:
         from = base[(i & 1) * 2 + (i >> 2)];
@@ -142,7 +147,8 @@ CCQ_INLINE __m256i window(int type, const __m256i base[4], int i) {
 }
 
 CCQ_INLINE __m256i hashes(int type, const __m256i base[4], int i) {
-    const int multiplier = type == CCQ_INDEX_T1_5   ? CCQ_T1_5_MULTIPLIER
+    const int multiplier = type == CCQ_INDEX_T1     ? CCQ_T1_MULTIPLIER
+                           : type == CCQ_INDEX_T1_5 ? CCQ_T1_5_MULTIPLIER
                            : type == CCQ_INDEX_T2   ? CCQ_T2_MULTIPLIER
                            : type == CCQ_INDEX_T2_5 ? CCQ_T2_5_MULTIPLIER
                                                     : CCQ_T3_MULTIPLIER;
@@ -167,7 +173,7 @@ CCQ_INLINE void unit_bases(int type, const uint8_t * const * block, int group, _
     case CCQ_INDEX_P2: base[0] = p2_lanes(block[0], group); break;
     case CCQ_INDEX_P2_5: values_p2_5(block[0], group, base); break;
     case CCQ_INDEX_P2_75: values_p2_75(block[0], group, base); break;
-    default: trellis_bases(type, block, base); break;
+    default: trellis_bases(type, block, group, base); break;
     }
 }
 
