@@ -272,10 +272,9 @@ def final(threads: int, out: Path) -> None:
     rows: list[Sequence[object]] = []
     with ThreadPoolExecutor(threads) as pool:
         for layout in LAYOUTS:
-            if layout.name.upper() in TYPES:
-                ((c, m, by),) = whole(
-                    pool, Code(TYPES[layout.name.upper()].strides), [layout.code.multiplier], 1 << 20, 900
-                )
+            code = TYPES.get(layout.name.upper())
+            if code is not None:
+                ((c, m, by),) = whole(pool, Code(code.strides), [code.multiplier], 1 << 20, 900)
                 rows.append((layout.name, m, layout.bpw, *(by[s] for s in SOURCES), c, by["gaussian"] * 4**layout.bpw))
                 click.echo(" ".join(map(str, rows[-1])))
     write(out, ["type", "multiplier", "bpw", *SOURCES, "score", "gaussian distance from limit"], rows)
