@@ -201,7 +201,7 @@ def test_inspect_finds_parameters_that_no_encoder_writes(source: Path, tmp_path:
 @pytest.mark.parametrize("target", ["f32", "F16"])
 def test_dequantize_writes_the_decoded_weights(source: Path, tmp_path: Path, kind: str, target: str) -> None:
     ccq, plain = tmp_path / "c.gguf", tmp_path / "p.gguf"
-    ok("quantize", source, "-o", ccq, "--type", kind)
+    ok("quantize", source, "-o", ccq, "--type", kind, "--force")
     ok("dequantize", ccq, "-o", plain, "--type", target)
     assert not any(key.startswith("ccq.") for key in open_model(plain).metadata)
     assert metadata(plain) == metadata(source)

@@ -79,7 +79,8 @@ def test_trellis_table_and_the_constants_in_the_prose() -> None:
     trellis = {t.name: t.code for t in LAYOUTS if isinstance(t.code, TrellisCode)}
     assert rows.keys() == trellis.keys()
     for name, code in trellis.items():
-        n, strides, window, multiplier, bias = rows[name]
+        steps, n, strides, window, multiplier, bias = rows[name]
+        assert int(steps) == code.steps
         assert [int(s) for s in strides.split(",") if s.strip() != "..."] == list(code.strides)
         assert [int(n), int(window), int(multiplier), int(bias)] == [
             code.code_bits,
