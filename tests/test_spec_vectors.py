@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import ccq_backend
 from ccq_format import codec, layouts
 from ccq_format.errors import BlockError
-from ccq_format.layouts import GROUP, LAYOUTS, Layout, PaperCode, TrellisCode
+from ccq_format.layouts import LAYOUTS, Layout, PaperCode, TrellisCode
 
 SPEC = Path(__file__).resolve().parent.parent / "spec"
 V0 = SPEC / "vectors" / "v0"

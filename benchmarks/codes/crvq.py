@@ -2,10 +2,10 @@
 
     python benchmarks/codes/crvq.py MODEL.gguf HESSIAN.safetensors TENSOR...
 
-MODEL is an f32, f16 or bf16 file, HESSIAN that of ``ccq-convert calibrate --hessian``.  Prints what the first 16 rows of
-each tensor lose, ``tr(E H E^T) / tr(W H W^T)``, and the bits per weight without codebooks and permutations.  All codes
-get the same error feedback (converters/feedback.py), between groups of 64 columns for the trellis, of 8 for CRVQ, which
-also weighs the errors inside a group exactly; every row has one scale, of 16 bits.
+MODEL is an f32, f16 or bf16 file, HESSIAN that of ``ccq-convert calibrate --hessian``.  Prints what the first 16 rows
+of each tensor lose, ``tr(E H E^T) / tr(W H W^T)``, and the bits per weight without codebooks and permutations.  All
+codes get the same error feedback (converters/feedback.py), between groups of 64 columns for the trellis, of 8 for CRVQ,
+which also weighs the errors inside a group exactly; every row has one scale, of 16 bits.
 
     vq           one codebook of 256 vectors of 8, weighted k-means: one byte for 8 weights
     crvq         the 1/32 of the channels that lose most in front, with three more codebooks on what is left
