@@ -103,11 +103,10 @@ def _markdown(head: list[str], rows: list[list[object]]) -> str:
 
 
 def types_table() -> str:
-    """All types with id, block and bits per weight, and the reserved ids."""
+    """All types with id, block and bits per weight."""
     rows: list[list[object]] = [
         [f"`{t.name.upper()}`", t.gguf_id, t.block_weights, t.block_bytes, f"{t.bpw:g}"] for t in layouts.LAYOUTS
     ]
-    rows += [[f"`{name.upper()}`", i, "reserved", "", ""] for i, name in layouts.RESERVED_IDS.items()]
     return _markdown(["type", "GGUF id", "weights per block", "bytes per block", "bits per weight"], rows)
 
 

@@ -77,8 +77,9 @@ def compare_coupled(layout: Layout, n: int, effort: str, rng: np.random.Generato
 
     Raises ``AssertionError`` unless the error is lower.
     """
-    w = rng.standard_normal((-(-n // GROUP), GROUP)).astype(np.float32)
-    coupling = np.triu(rng.normal(0, 0.1, (1, GROUP, GROUP)), 1).astype(np.float32)
+    size = layout.block_weights
+    w = rng.standard_normal((-(-n // size), size)).astype(np.float32)
+    coupling = np.triu(rng.normal(0, 0.1, (1, size, size)), 1).astype(np.float32)
     (plain, plain_seconds), (coupled, seconds) = (encode(layout, w, u, effort) for u in (None, coupling))
     ratio = float(np.square(coupled + coupled @ coupling[0]).sum() / np.square(plain + plain @ coupling[0]).sum())
     assert ratio < 1, f"{layout.name}: coupled encoding has {ratio:.3f} times the error of plain encoding"

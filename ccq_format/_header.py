@@ -31,7 +31,7 @@ from .errors import (
     TensorTypeError,
     TruncatedError,
 )
-from .layouts import LAYOUTS, RESERVED_IDS, SPEC_VERSION, Layout
+from .layouts import LAYOUTS, SPEC_VERSION, Layout
 
 SPEC_VERSION_KEY = "ccq.spec_version"
 FEATURES_KEY = "ccq.features"
@@ -358,8 +358,6 @@ def _read_tensor(cursor: _Cursor, index: int) -> TensorHeader:
 
 
 def _tensor_type(raw: int, path: str, tensor: str) -> GGMLQuantizationType:
-    if raw in RESERVED_IDS:
-        raise TensorTypeError(f"type id {raw} is reserved for {RESERVED_IDS[raw]}", file=path, tensor=tensor)
     try:
         return GGMLQuantizationType(raw)
     except ValueError:
@@ -376,6 +374,7 @@ _OTHER_TYPES: dict[int, tuple[tuple[str, Callable[[int], int]], ...]] = {
     5: (("Q4_3", _blocks(16, 12)),),
     31: (("Q4_0_4_4", _blocks(32, 18)),),
     32: (("Q4_0_4_8", _blocks(32, 18)),),
+    33: (("Q4_0_8_8", _blocks(32, 18)),),
     36: (("BitNet's I2_S", lambda n: n // 4 + 32), ("IQ4_NL_4_4", _blocks(32, 18))),
     37: (("BitNet's I8_S", lambda n: n), ("IQ4_NL_4_8", _blocks(32, 18))),
     38: (("BitNet's TL1", lambda n: n // 4 + 32), ("IQ4_NL_8_8", _blocks(32, 18))),

@@ -15,7 +15,6 @@ from .trellis import TrellisCode
 __all__ = [
     "GROUP",
     "LAYOUTS",
-    "RESERVED_IDS",
     "SPEC_VERSION",
     "Code",
     "Field",
@@ -30,13 +29,14 @@ SPEC_VERSION = (0, 1)
 """MAJOR.MINOR of the binary format that this package reads and writes (spec section 1)."""
 
 
-def _trellis(name: str, gguf_id: int, strides: tuple[int, ...], multiplier: int) -> Layout:
-    code = TrellisCode(strides=strides, multiplier=multiplier)
+def _trellis(name: str, gguf_id: int, strides: tuple[int, ...], multiplier: int, steps: int = GROUP) -> Layout:
+    code = TrellisCode(strides=strides, multiplier=multiplier, steps=steps)
     fields = (Field("scale", "u8"), Field("codes", "u8", code.code_bits // 8))
-    return Layout(name, gguf_id, GROUP, fields, code)
+    return Layout(name, gguf_id, steps, fields, code)
 
 
 LAYOUTS: tuple[Layout, ...] = (
+    _trellis("ccq_t1", 33, (1,), 22219, steps=128),
     _trellis("ccq_t1_5", 32, (1, 2), 22219),
     _trellis("ccq_t2", 36, (2,), 17177),
     _trellis("ccq_t2_5", 37, (2, 3), 14633),
@@ -69,9 +69,6 @@ LAYOUTS: tuple[Layout, ...] = (
         PaperCode(8, (4, 2, 0), 0xF, 8, scale_bits=4),
     ),
 )
-
-RESERVED_IDS: dict[int, str] = {33: "crvq_1"}
-"""Ids set aside for types that are not specified yet; a reader refuses them."""
 
 _BY_NAME = {layout.name: layout for layout in LAYOUTS}
 _BY_ID = {layout.gguf_id: layout for layout in LAYOUTS}

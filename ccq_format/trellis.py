@@ -20,11 +20,13 @@ class TrellisCode:
     """Constants of a tail-biting trellis code (spec section 5, types CCQ_T*).
 
     Weight ``t`` of a block is ``scale * level(u_t)``, where ``u_t`` are ``window_bits`` bits of the block's cyclic bit
-    string starting at bit ``offsets[t]``; ``strides`` is the repeating number of bits from one window to the next.
+    string starting at bit ``offsets[t]``; ``strides`` is the repeating number of bits from one window to the next,
+    ``steps`` the number of windows.
     """
 
     strides: tuple[int, ...]
     multiplier: int
+    steps: int = GROUP
     window_bits: int = 12
     hash_bits: int = 16
     field_mask: int = 0x7F
@@ -33,13 +35,13 @@ class TrellisCode:
     scale_exponent_bias: int = 30
 
     family: ClassVar[str] = "trellis"
-    spec_head: ClassVar[tuple[str, ...]] = ("n (bits)", "strides", "L (bits)", "M", "K")
+    spec_head: ClassVar[tuple[str, ...]] = ("weights", "n (bits)", "strides", "L (bits)", "M", "K")
     couples: ClassVar[bool] = True
 
     @property
     def code_bits(self) -> int:
         """Bits of one block's cycle."""
-        return sum(self.strides) * GROUP // len(self.strides)
+        return sum(self.strides) * self.steps // len(self.strides)
 
     @property
     def max_weight(self) -> float:
@@ -50,7 +52,7 @@ class TrellisCode:
     def offsets(self) -> tuple[int, ...]:
         """Bit offset of every window of a block."""
         out, at = [], 0
-        for step in range(GROUP):
+        for step in range(self.steps):
             out.append(at)
             at += self.strides[step % len(self.strides)]
         return tuple(out)
@@ -72,7 +74,7 @@ class TrellisCode:
     def spec_row(self) -> list[object]:
         """See ``Code``."""
         strides = ", ".join(map(str, self.strides)) + (", ..." if len(self.strides) > 1 else "")
-        return [self.code_bits, strides, self.window_bits, self.multiplier, self.scale_exponent_bias]
+        return [self.steps, self.code_bits, strides, self.window_bits, self.multiplier, self.scale_exponent_bias]
 
     def decode(self, layout: Layout, blocks: U8) -> F32:
         """See ``Code``."""
@@ -179,13 +181,13 @@ def scale_values(layout: Layout) -> np.ndarray:
 
 
 def windows(layout: Layout, codes: np.ndarray) -> np.ndarray:
-    """Windows of T code bytes: uint8 ``[n, code_bits / 8]`` -> uint16 ``[n, 64]``.
+    """Windows of T code bytes: uint8 ``[n, code_bits / 8]`` -> uint16 ``[n, steps]``.
 
     Window ``t`` is ``window_bits`` bits from bit ``offsets[t]`` on, least significant bit first, around the cycle.
     """
     code = _trellis(layout)
     offsets = np.array(code.offsets)
-    words = np.zeros((len(codes), GROUP), dtype=np.uint32)
+    words = np.zeros((len(codes), code.steps), dtype=np.uint32)
     for byte in range(-(-(code.window_bits + 7) // 8)):  # a window that starts at bit 7 of a byte reaches this far
         index = (offsets // 8 + byte) % codes.shape[1]
         words |= codes[:, index].astype(np.uint32) << np.uint32(8 * byte)
@@ -203,14 +205,14 @@ def scale_bytes(layout: Layout, scales: np.ndarray) -> np.ndarray:
 
 
 def viterbi(layout: Layout, target: np.ndarray, importance: np.ndarray) -> np.ndarray:
-    """Cheapest closed path through the trellis: float64 targets in units of levels and importances, both ``[n, 64]``;
-    returns windows, uint16 ``[n, 64]``.
+    """Cheapest closed path through the trellis: float64 targets in units of levels and importances, both
+    ``[n, steps]``; returns windows, uint16 ``[n, steps]``.
 
     The path is closed in two passes.  The first runs around the cycle twice with free ends; its window in the middle,
     far from both ends, becomes the window at the seam.  The second is bound to start and to end there.
     """
     twice = _best_path(layout, np.tile(target, 2), np.tile(importance, 2), seam=None)
-    return _best_path(layout, target, importance, seam=twice[:, GROUP])
+    return _best_path(layout, target, importance, seam=twice[:, target.shape[1]])
 
 
 def _best_path(layout: Layout, target: np.ndarray, importance: np.ndarray, seam: np.ndarray | None) -> np.ndarray:
@@ -257,7 +259,7 @@ def _best_path(layout: Layout, target: np.ndarray, importance: np.ndarray, seam:
 
 
 def pack_windows(layout: Layout, path: np.ndarray) -> np.ndarray:
-    """Code bytes of a closed path: uint16 windows ``[n, 64]`` -> uint8 ``[n, code_bits / 8]``.
+    """Code bytes of a closed path: uint16 windows ``[n, steps]`` -> uint8 ``[n, code_bits / 8]``.
 
     Raises:
         ValueError: consecutive windows do not overlap as the type's strides demand.

@@ -543,7 +543,7 @@ class _Budgets:
     def limits(self) -> tuple[int, int]:
         """Bytes of the smallest and the largest file."""
         (_, most, _), (_, least, _) = self._levels[0], self._levels[-1]
-        return least + self._all(LADDER[0]), most + self._all(LADDER[-1])
+        return least + self._least, most + self._most
 
     def sizes(self, count: int = 10) -> list[int]:
         """Bytes of ``count`` files, from about the smallest to about the largest, each larger by the same factor, with
@@ -554,15 +554,27 @@ class _Budgets:
         inner = [round(size / unit) * unit for size, unit in zip(sizes[1:-1], units[1:-1], strict=True)]
         return [-(-low // units[0]) * units[0], *inner, high // units[-1] * units[-1]]
 
-    def _all(self, name: str) -> int:
-        return sum(self.overhead.padded(s.rows * row_bytes(name, s.row_len)) for s in self.free)
+    @cached_property
+    def _least(self) -> int:
+        return sum(
+            min(
+                self.overhead.padded(s.rows * row_bytes(name, s.row_len))
+                for name in LADDER
+                if s.row_len % block(name)[0] == 0
+            )
+            for s in self.free
+        )
+
+    @cached_property
+    def _most(self) -> int:
+        return sum(self.overhead.padded(s.rows * row_bytes(LADDER[-1], s.row_len)) for s in self.free)
 
     @cached_property
     def _levels(self) -> list[tuple[Scheme, int, float]]:
         """Types of embedding and output, the bytes of all that is not free, and the least that is left to the free."""
         names = {s.name for s in self.free}
         shapes = [(s.name, s.shape) for s in self.sources]
-        low, weights = self._all(LADDER[0]), sum(s.n_weights for s in self.free)
+        low, weights = self._least, sum(s.n_weights for s in self.free)
         levels: list[tuple[Scheme, int, float]] = []
         for embedding, output, bpw in _LEVELS:
             scheme = MixtureScheme(Mixture("--target-size", _BASE, embedding, output), shapes)

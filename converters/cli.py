@@ -130,11 +130,11 @@ def _quant_options(command: _F) -> _F:
             "--type",
             "type_name",
             metavar="TYPE",
-            help="Type of the matrices: ccq_t1_5, ccq_t2, ccq_t2_5, ccq_t3, ccq_p2, ccq_p2_5, ccq_p2_75 (the prefix "
-            "may be left out), f32, f16, bf16, q8_0, q5_0, q4_0 or mxfp4; embedding and output become q8_0, or f32, "
-            "f16 or bf16 like the others. Or a mixture: ccq_t1_5_m, ccq_t2_m, ccq_t2_5_m, ccq_t3_m give the matrices "
-            "that matter most a larger type, and embedding and output smaller ones. Or keep: all matrices stay as they "
-            "are.",
+            help="Type of the matrices: ccq_t1, ccq_t1_5, ccq_t2, ccq_t2_5, ccq_t3, ccq_p2, ccq_p2_5, ccq_p2_75 (the "
+            "prefix may be left out), f32, f16, bf16, q8_0, q5_0, q4_0 or mxfp4; embedding and output become q8_0, or "
+            "f32, f16 or bf16 like the others. Or a mixture: ccq_t1_5_m, ccq_t2_m, ccq_t2_5_m, ccq_t3_m give the "
+            "matrices that matter most a larger type, and embedding and output smaller ones. Or keep: all matrices "
+            "stay as they are.",
         ),
         click.option(
             "--target-size",
@@ -190,6 +190,7 @@ def _quant_options(command: _F) -> _F:
         _split_option,
         click.option("--dry-run", is_flag=True, help="Only print the plan, its size and the time to expect."),
         click.option("--no-fallback", is_flag=True, help="Fail where a row does not fit a type's block."),
+        click.option("--force", is_flag=True, help="Encode to ccq_t1 without importance data, too."),
         click.option("--overwrite", is_flag=True, help="Replace an existing file."),
         click.option(
             "--resume",
@@ -235,6 +236,7 @@ def _options(
         effort=effort,
         split_max_size=split_max_size,
         fallback=not flags["no_fallback"],
+        force=flags["force"],
         overwrite=flags["overwrite"],
         dry_run=flags["dry_run"],
         resume=flags["resume"],

@@ -2,8 +2,8 @@
 
 A row's error ``e = w - decoded`` counts as ``e H e^T``, H being the products ``X^T X`` of the matrix's inputs, damped.
 With ``H = U diag(d) U^T``, U unit upper triangular, that is ``sum_j d_j ((e U)_j)^2``: the error of column j counts
-together with what the errors before it have left there.  Columns are taken in their order, 64 at a time (P types: a
-block of 256 or 512).  What earlier blocks left is added to the block's target.  Inside a block of a T type the trellis
+together with what the errors before it have left there.  Columns are taken in their order, a block
+of the type at a time.  What earlier blocks left is added to the block's target.  Inside a block of a T type the trellis
 search itself follows the errors along each of its ways (``coupling`` of ``ccq_backend.encode``); those of the P types
 only know weights of the squared error, which are then the diagonal of H given all later columns.
 
@@ -91,8 +91,8 @@ class Factors:
 
     ``spread``: float64 ``[n, n]``, of which the part right of the block diagonal is used: what an error in the row's
     column adds to the target of each later column.  ``weights``: float32 ``[n]``, of each column's squared error, the
-    largest is 1.  ``coupling``: float32 ``[n / 64, 64, 64]``, for ``ccq_backend.encode``; ``None`` for P types.
-    ``gain``: float32 ``[n]``, what targets are multiplied by.
+    largest is 1.  ``coupling``: float32 ``[n / block, block, block]``, for ``ccq_backend.encode``; ``None`` for P
+    types.  ``gain``: float32 ``[n]``, what targets are multiplied by.
     """
 
     layout: layouts.Layout
@@ -141,7 +141,7 @@ def factorize(
     rest[np.diag_indices(n)] = (diagonal if diagonal.any() else 1.0) / mean + damping
     size = layout.block_weights
     weights = np.empty(n)
-    coupling = np.zeros((n // _GROUP, _GROUP, _GROUP), np.float32) if layout.code.couples else None
+    coupling = np.zeros((n // size, size, size), np.float32) if layout.code.couples else None
     # From the last block to the first: what remains of H up to column `stop` is H given the columns after it.
     for start in range(n - size, -1, -size):
         stop = start + size
@@ -149,7 +149,7 @@ def factorize(
         scale = np.diagonal(upper)
         if coupling is not None:
             weights[start:stop] = scale**2
-            coupling[start // _GROUP] = np.triu(upper / scale, 1)
+            coupling[start // size] = np.triu(upper / scale, 1)
         else:
             weights[start:stop] = np.diagonal(rest[start:stop, start:stop])
         if start:
@@ -213,8 +213,8 @@ def encode_with_feedback(x: F32, factors: Factors, threads: int = 0, effort: str
         own = layout.code.size_weights(block, power)
         if own is not None:
             weights = (own * weights).astype(np.float32)
-        if factors.coupling is not None and factors.coupling[start // _GROUP].any():
-            coupling = factors.coupling[start // _GROUP][None]
+        if factors.coupling is not None and factors.coupling[start // size].any():
+            coupling = factors.coupling[start // size][None]
         codes = ccq_backend.encode(
             layout,
             block * factors.gain[start:stop],

@@ -40,6 +40,9 @@ COPIED_TYPES = {"i8": 1, "i16": 2, "i32": 4, "i64": 8, "f64": 8}
 KEEP = "keep"
 """For ``QuantOptions.type``: leave every matrix as it is."""
 
+SMALLER_BLOCKS: dict[str, tuple[str, ...]] = {"ccq_t1": ("ccq_t1_5",)}
+"""Types of the same kind that rows can fall back to that are no multiple of a type's block."""
+
 EXPERTS = re.compile(r"_(ch)?exps\.weight$")
 
 LoadRows = Callable[[int, int], NDArray[np.float32]]
@@ -95,9 +98,10 @@ class QuantOptions:
     errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
     one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``calibrate`` lets
     ``automatic`` measure the data that few bits need and that are not given, with ``feedback`` Hessians as well;
-    ``resume`` keeps what an interrupted conversion has encoded, and goes on there; no file of the output is larger than
-    ``split_max_size`` bytes (see ``ccq_format.gguf_io.SplitWriter``); ``k_order`` is the order of the inputs of wint2
-    matrices (``sources.wint2.ORDERS``, ``None`` = find out).  ``resume.job_of`` must know which fields change no byte.
+    ``force`` takes types that make no sense without importance data all the same; ``resume`` keeps what an interrupted
+    conversion has encoded, and goes on there; no file of the output is larger than ``split_max_size`` bytes (see
+    ``ccq_format.gguf_io.SplitWriter``); ``k_order`` is the order of the inputs of wint2 matrices
+    (``sources.wint2.ORDERS``, ``None`` = find out).  ``resume.job_of`` must know which fields change no byte.
     """
 
     type: str | None = None
@@ -108,6 +112,7 @@ class QuantOptions:
     overwrite: bool = False
     dry_run: bool = False
     resume: bool = False
+    force: bool = False
     imatrix: Importance | None = None
     hessian: Hessians | None = None
     target_bpw: float | None = None
@@ -373,9 +378,9 @@ def make_plan(
     of their own; for the rest ``scheme`` chooses, by default that of ``options.type``; a float type in ``options.type``
     takes all that a matrix product reads.  Rows that are stored quantized in no more bits than that keep their bytes:
     another type would only add to what they have lost.  ``options.overrides`` win over these rules for tensors of two
-    or more dimensions.  A row length that is no multiple of the chosen type's block falls back to the smallest stock
-    type above its size that fits (see :func:`fallback`).  ``losses`` by tensor name, and their unit, are noted in the
-    plan.
+    or more dimensions.  A row length that is no multiple of the chosen type's block falls back to ccq_t1_5 (from
+    ccq_t1) or the smallest stock type above its size that fits (see :func:`fallback`).  ``losses`` by tensor name, and
+    their unit, are noted in the plan.
 
     Raises ``PlanError`` for an unknown type, a bad or unmatched pattern, or a fallback where none is allowed.
     """
@@ -423,8 +428,9 @@ def _is_better(source: TensorSource, target: str) -> bool:
 
 
 def fallback(type_name: str, row_len: int) -> str:
-    """The smallest of q4_0, q5_0, q8_0 and f16 that has more bits per weight than ``type_name`` and fits the rows."""
-    for candidate in ("q4_0", "q5_0", "q8_0"):
+    """The smallest of q4_0, q5_0, q8_0 and f16 that has more bits per weight than ``type_name`` and fits the rows; for
+    ccq_t1 first ccq_t1_5, whose blocks are half as long."""
+    for candidate in (*SMALLER_BLOCKS.get(type_name, ()), "q4_0", "q5_0", "q8_0"):
         if row_len % block(candidate)[0] == 0 and bits(candidate) > bits(type_name):
             return candidate
     return "f16"

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ccq_format import layouts
 from ccq_format._partial import partial_path
-from ccq_format.errors import CcqError, ImportanceError
+from ccq_format.errors import CcqError, ImportanceError, PlanError
 from ccq_format.gguf_io import Model, ModelWriter, SplitWriter
 
 from . import borrow
@@ -95,6 +95,7 @@ def write_model(
     if options.imatrix is not None:
         check_importance(plan, options.imatrix)
     elif options.hessian is None and not (options.calibrate and options.dry_run):
+        refuse_without_data(plan, options.force)
         warn_without_data(plan)
     if options.hessian is not None:
         check_hessians(plan, options.hessian)
@@ -132,6 +133,21 @@ channels of real models carry most of the signal, and errors that count alike wa
 def lacks_data(plan: Plan) -> list[PlannedTensor]:
     """The matrices that get fewer than ``NEEDS_DATA`` bits per weight: they need to know which inputs matter."""
     return [t for t in plan.tensors if _wants_data(t) and 8 * t.nbytes < NEEDS_DATA * t.source.n_weights]
+
+
+USELESS_WITHOUT_DATA = 1.5
+"""Bits per weight below which no model says anything without such data; see ``NEEDS_DATA``."""
+
+
+def refuse_without_data(plan: Plan, force: bool) -> None:
+    """Raise ``PlanError`` if a matrix gets fewer than ``USELESS_WITHOUT_DATA`` bits per weight, unless ``force``."""
+    for t in plan.tensors:
+        if not force and _wants_data(t) and 8 * t.nbytes < USELESS_WITHOUT_DATA * t.source.n_weights:
+            raise PlanError(
+                f"{t.type} is of no use without importance data: run `ccq-convert calibrate` first and give its files "
+                "with --imatrix and --hessian (or insist with --force)",
+                tensor=t.source.name,
+            )
 
 
 def warn_without_data(plan: Plan) -> None:

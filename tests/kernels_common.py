@@ -55,7 +55,7 @@ def levels_and_scales(layout: Layout, row: U8) -> tuple[npt.NDArray[np.int64], F
         fields = (hashed & code.field_mask) + (hashed >> code.field_shift & code.field_mask)
         s = b[:, 0].astype(int)
         scale = np.where(s == 0, 0.0, (8.0 + (s & 7)) * 2.0 ** ((s >> 3) - code.scale_exponent_bias))
-        return fields - code.level_offset, scale.astype(np.float32)
+        return (fields - code.level_offset).reshape(-1, GROUP), np.repeat(scale.astype(np.float32), layout.groups)
     field = {f.name: b[:, layout.offset(f.name) :][:, : f.nbytes].copy() for f in layout.fields}
     super_scale = (field["super_scale"].view("<u2").astype(np.uint32) << 16).view(np.float32)
     words = field["codes"].view("<u2" if code.word_bits == 16 else "u1").astype(np.int64)

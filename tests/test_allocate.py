@@ -364,9 +364,9 @@ def test_patterns_pin_tensors(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--target-bpw", "1.5"), r"1\.5: the types have 1\.625 \(ccq_t1_5\) to 8\.5 \(q8_0\) bits"),
-        (("--target-bpw", "9"), "1.625"),
-        (("--target-bpw", "nan"), "1.625"),
+        (("--target-bpw", "1"), r"1: the types have 1\.0625 \(ccq_t1\) to 8\.5 \(q8_0\) bits"),
+        (("--target-bpw", "9"), "1.0625"),
+        (("--target-bpw", "nan"), "1.0625"),
         (("--target-size", "10k"), r"10,000 bytes: with these types the file has \d\d,\d\d\d to \d\d\d,\d\d\d bytes"),
         (("--target-size", "3.5GiB"), "3,758,096,384 bytes: with these types"),
         (("--target-bpw", "2", "--no-fallback"), "tensor 'blk.0.odd.weight'.*no multiple of 64"),

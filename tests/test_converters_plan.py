@@ -125,7 +125,8 @@ def test_every_plan_fits_and_adds_up(shapes: list[tuple[int, int, int]], kind: s
         assert shape[-1] % weights == 0
         assert tensor.nbytes == np.prod(shape) // weights * nbytes
         fits = shape[-1] % block(kind)[0] == 0
-        assert tensor.type == (kind if fits else "q4_0" if shape[-1] % 32 == 0 else "f16")
+        smaller = "ccq_t1_5" if kind == "ccq_t1" and shape[-1] % 64 == 0 else "q4_0"
+        assert tensor.type == (kind if fits else smaller if shape[-1] % 32 == 0 else "f16")
     assert plan.nbytes == sum(t.nbytes for t in plan.tensors)
     assert plan.file_bpw == pytest.approx(8 * plan.nbytes / sum(np.prod(s) for s in shapes))
     lines = plan.table().splitlines()
@@ -259,11 +260,11 @@ def test_gain_follows_its_formula() -> None:
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: layout.name)
 def test_decoded_weights_are_as_large_as_the_original_ones(layout: layouts.Layout) -> None:
-    """What the gain is for: a code's nearest words are shorter than their targets, by 2 % (T3) to 14 % (T1_5)."""
+    """What the gain is for: a code's nearest words are shorter than their targets, by 2 % (T3) to 27 % (T1)."""
     x = np.random.default_rng(5).standard_normal((32, 1024)).astype(np.float32)
     decoded = ccq_backend.decode(layout, encode_rows(layout.name, x))
     slope = float((decoded * x).sum() / np.square(x).sum())
-    assert abs(slope - 1) < (0.05 if layout.name.startswith("ccq_t") else 0.12)
+    assert abs(slope - 1) < (0.05 if layout.name.startswith("ccq_t") and layout.bpw > 1.5 else 0.12)
 
 
 @pytest.mark.parametrize("layout", [x for x in layouts.LAYOUTS if x.name.startswith("ccq_t")], ids=lambda x: x.name)
@@ -327,7 +328,7 @@ def test_weights_must_fit_f16() -> None:
             check_weights(x * (largest + 1), name, "w")
 
 
-@pytest.mark.parametrize("name", ["ccq_t1_5", "ccq_t2", "ccq_t2_5", "ccq_t3"])
+@pytest.mark.parametrize("name", ["ccq_t1", "ccq_t1_5", "ccq_t2", "ccq_t2_5", "ccq_t3"])
 def test_weights_must_fit_the_largest_scale(name: str) -> None:
     x = np.full((1, 64), 3810, np.float32)  # 127 * 30
     check_weights(x, name, "w")

@@ -161,20 +161,20 @@ def test_damaged_hessian(change: str) -> None:
 
 
 def counted(x: F32, coupling: F32, layout: layouts.Layout, effort: str, coupled: bool = True) -> F64:
-    """What a coupling ``[1, 64, 64]`` counts of each row's errors, encoded with it or without."""
+    """What a coupling of one block counts of each row's errors, encoded with it or without."""
     blocks = ccq_backend.encode(layout, x, coupling=coupling if coupled else None, effort=effort)
     error = x.astype(np.float64) - ccq_backend.decode(layout, blocks)
     total: F64 = np.square(error + error @ coupling[0].astype(np.float64)).sum(axis=1)
     return total
 
 
-def random_coupling(size: float) -> F32:
-    return np.triu(np.random.default_rng(4).normal(0, size, (1, 64, 64)), 1).astype(np.float32)
+def random_coupling(size: float, n: int) -> F32:
+    return np.triu(np.random.default_rng(4).normal(0, size, (1, n, n)), 1).astype(np.float32)
 
 
 @pytest.mark.parametrize("layout", T_TYPES, ids=lambda layout: layout.name)
 def test_coupling_lowers_what_it_counts_and_more_so_with_effort(layout: layouts.Layout) -> None:
-    x, coupling = gaussian(96, 64), random_coupling(0.15)
+    x, coupling = gaussian(96, layout.block_weights), random_coupling(0.15, layout.block_weights)
     fast, default, best = (counted(x, coupling, layout, effort).sum() for effort in ("fast", "default", "best"))
     assert best < default < fast < 0.85 * counted(x, coupling, layout, "default", coupled=False).sum()
 
@@ -183,16 +183,16 @@ def test_coupling_lowers_what_it_counts_and_more_so_with_effort(layout: layouts.
 @pytest.mark.parametrize("size", [10.0, 1e18, 1e30])
 def test_large_couplings_never_raise_what_they_count(size: float, effort: str) -> None:
     """Not even where targets and costs leave the search's integers."""
-    layout, x, coupling = layouts.by_name("ccq_t2"), gaussian(3, 64), random_coupling(size)
+    layout, x, coupling = layouts.by_name("ccq_t2"), gaussian(3, 64), random_coupling(size, 64)
     assert (counted(x, coupling, layout, effort) <= counted(x, coupling, layout, effort, coupled=False)).all()
 
 
 @pytest.mark.parametrize("layout", T_TYPES, ids=lambda layout: layout.name)
 def test_decoded_blocks_are_found_again_at_their_scale(layout: layouts.Layout) -> None:
-    blocks = ccq_backend.encode(layout, gaussian(8, 64))
+    blocks = ccq_backend.encode(layout, gaussian(8, layout.block_weights))
     decoded = ccq_backend.decode(layout, blocks)
-    scales = np.stack([levels_and_scales(layout, row)[1] for row in blocks])
-    again = ccq_backend.encode(layout, decoded, scales=scales, coupling=random_coupling(0.1))
+    scales = np.stack([levels_and_scales(layout, row)[1][:: layout.groups] for row in blocks])
+    again = ccq_backend.encode(layout, decoded, scales=scales, coupling=random_coupling(0.1, layout.block_weights))
     assert np.array_equal(ccq_backend.decode(layout, again), decoded)
 
 
@@ -204,7 +204,7 @@ def test_coupling_is_checked() -> None:
     with pytest.raises(ShapeError):
         ccq_backend.encode("ccq_t2", x, coupling=np.zeros((2, 64, 64)))
     with pytest.raises(ccq_backend.kernels.errors.BackendError):
-        ccq_backend.encode("ccq_p2_5", gaussian(1, 256), coupling=np.zeros((4, 64, 64)))
+        ccq_backend.encode("ccq_p2_5", gaussian(1, 256), coupling=np.zeros((1, 256, 256)))
 
 
 # --- whole files ----------------------------------------------------------------------------------------------------

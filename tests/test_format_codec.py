@@ -8,7 +8,7 @@ import pytest
 
 from ccq_format import codec, trellis
 from ccq_format.errors import BlockError, ImportanceError, WeightsError
-from ccq_format.layouts import GROUP, LAYOUTS, Layout, TrellisCode, by_name
+from ccq_format.layouts import LAYOUTS, Layout, TrellisCode, by_name
 
 T_LAYOUTS = [layout for layout in LAYOUTS if isinstance(layout.code, TrellisCode)]
 P_LAYOUTS = [layout for layout in LAYOUTS if not isinstance(layout.code, TrellisCode)]
@@ -157,8 +157,8 @@ def test_reencoding_decoded_blocks_gives_the_same_values(layout: Layout) -> None
 def test_viterbi_leaves_nothing_to_gain_away_from_the_seam(layout: Layout) -> None:
     """With the window at the seam fixed the path is optimal: no change of other code bits lowers the cost."""
     rng = np.random.default_rng(1)
-    weights = rng.normal(size=(3, GROUP)).astype(np.float32)
-    importance = rng.uniform(0, 2, (3, GROUP))
+    weights = rng.normal(size=(3, layout.block_weights)).astype(np.float32)
+    importance = rng.uniform(0, 2, (3, layout.block_weights))
     scale = codec.scale_values(layout)[np.searchsorted(codec.scale_values(layout), 1 / 45)]
     blocks = codec.encode(layout, weights, importance, scales=np.full(3, scale))
     at, n_bits = layout.offset("codes"), layout.code.code_bits
@@ -182,7 +182,7 @@ def test_viterbi_closes_the_path_at_a_good_seam(layout: Layout) -> None:
     """The window in the middle of the doubled cycle makes a better seam than the one at its free end, which knows
     nothing of what lies before it (measured: 5 to 15 % lower cost).  And the lower bound holds: a closed path walked
     twice is one of the free paths around the cycle twice."""
-    target = np.random.default_rng(11).normal(size=(16, GROUP)) * 45
+    target = np.random.default_rng(11).normal(size=(16, layout.block_weights)) * 45
     importance = np.ones_like(target)
 
     def cost(path: np.ndarray) -> np.ndarray:
@@ -190,14 +190,14 @@ def test_viterbi_closes_the_path_at_a_good_seam(layout: Layout) -> None:
 
     free = trellis._best_path(layout, np.tile(target, 2), np.tile(importance, 2), seam=None)
     closed = cost(codec.viterbi(layout, target, importance))
-    assert (closed >= (cost(free[:, :GROUP]) + cost(free[:, GROUP:])) / 2 - 1e-6).all()
+    assert (closed >= (cost(free[:, : layout.block_weights]) + cost(free[:, layout.block_weights :])) / 2 - 1e-6).all()
     assert closed.sum() < 0.98 * cost(trellis._best_path(layout, target, importance, seam=free[:, 0])).sum()
 
 
 def test_viterbi_has_a_coding_gain() -> None:
     """At 2 bits the best scalar quantizer of a Gaussian leaves 0.1175 of the power, the limit is 0.0625."""
     layout = by_name("ccq_t2")
-    weights = np.random.default_rng(2).normal(size=(64, GROUP)).astype(np.float32)
+    weights = np.random.default_rng(2).normal(size=(64, layout.block_weights)).astype(np.float32)
     table = codec.scale_values(layout)
     middle = np.searchsorted(table, 1 / 45)
     errors = []
@@ -209,7 +209,7 @@ def test_viterbi_has_a_coding_gain() -> None:
 
 @every_t
 def test_encode_zero_scale_writes_zero_bytes(layout: Layout) -> None:
-    weights = np.random.default_rng(3).normal(size=(2, 2 * GROUP)).astype(np.float32)
+    weights = np.random.default_rng(3).normal(size=(2, 2 * layout.block_weights)).astype(np.float32)
     scale = codec.scale_values(layout)[100]
     blocks = codec.encode(layout, weights, scales=np.array([[0, scale], [scale, 0]])).reshape(4, -1)
     assert blocks.shape == (4, layout.block_bytes)
@@ -310,7 +310,7 @@ def test_encode_refuses(layout: Layout) -> None:
 @pytest.mark.parametrize("scale", [-1.0, 1.0001, 1e30, np.nan])
 def test_encode_refuses_scales_without_a_byte(layout: Layout, scale: float) -> None:
     with pytest.raises(ValueError, match="cannot be represented"):
-        codec.encode(layout, np.zeros((1, GROUP), np.float32), scales=np.array([scale]))
+        codec.encode(layout, np.zeros((1, layout.block_weights), np.float32), scales=np.array([scale]))
 
 
 @every_p

@@ -551,6 +551,19 @@ def test_few_bits_without_data_bring_a_warning(model: Path, tmp_path: Path, kind
     assert ("under 4 bits per weight without importance data" in result.stderr) == warned
 
 
+def test_one_bit_without_data_is_refused_unless_forced(model: Path, tmp_path: Path) -> None:
+    command = ("quantize", model, "-o", tmp_path / "out.gguf", "--type", "ccq_t1")
+    for dry_run in ((), ("--dry-run",)):
+        line = refused(*command, *dry_run)
+        assert f"tensor '{DENSE}': ccq_t1 is of no use without importance data" in line
+    assert not (tmp_path / "out.gguf").exists()
+    for enough in ("--force", "--imatrix"):
+        data = [write_imatrix(tmp_path / "i.gguf", usual())] if enough == "--imatrix" else []
+        result = run(*command, enough, *data, "--overwrite")
+        assert result.exit_code == 0, result.output
+        assert open_model(tmp_path / "out.gguf").tensor(DENSE).type_name == "ccq_t1"
+
+
 def test_plain_types_do_not_use_it(model: Path, tmp_path: Path) -> None:
     path = write_imatrix(tmp_path / "i.gguf", usual())
     result = run("quantize", model, "-o", tmp_path / "out.gguf", "--type", "f16", "--imatrix", path)

@@ -10,15 +10,15 @@ from kernels_common import F32, T_LAYOUTS, U8, levels_and_scales, random_blocks,
 
 import ccq_backend
 from ccq_format import errors
-from ccq_format.layouts import GROUP, Layout
+from ccq_format.layouts import Layout
 
 by_layout = pytest.mark.parametrize("layout", T_LAYOUTS, ids=lambda layout: layout.name)
 by_effort = pytest.mark.parametrize("effort", list(ccq_backend.EFFORTS))
 
 GAUSSIAN_RELMSE = {
-    "fast": {"ccq_t1_5": 0.1465, "ccq_t2": 0.0743, "ccq_t2_5": 0.0380, "ccq_t3": 0.0193},
-    "default": {"ccq_t1_5": 0.1430, "ccq_t2": 0.0722, "ccq_t2_5": 0.0368, "ccq_t3": 0.0186},
-    "best": {"ccq_t1_5": 0.1415, "ccq_t2": 0.0715, "ccq_t2_5": 0.0365, "ccq_t3": 0.0185},
+    "fast": {"ccq_t1": 0.2790, "ccq_t1_5": 0.1465, "ccq_t2": 0.0743, "ccq_t2_5": 0.0380, "ccq_t3": 0.0193},
+    "default": {"ccq_t1": 0.2780, "ccq_t1_5": 0.1430, "ccq_t2": 0.0722, "ccq_t2_5": 0.0368, "ccq_t3": 0.0186},
+    "best": {"ccq_t1": 0.2770, "ccq_t1_5": 0.1415, "ccq_t2": 0.0715, "ccq_t2_5": 0.0365, "ccq_t3": 0.0185},
 }
 """Largest squared error over signal power of whole types on unit Gaussian weights, by effort."""
 
@@ -87,7 +87,7 @@ def test_decoded_blocks_are_found_again_at_their_scale(layout: Layout, effort: s
     b = random_blocks(layout, 4, 600, rng)
     b.reshape(-1, layout.block_bytes)[:256, 0] = np.arange(256)
     decoded = ccq_backend.decode(layout, b)
-    scales = np.stack([levels_and_scales(layout, row)[1] for row in b])
+    scales = np.stack([levels_and_scales(layout, row)[1][:: layout.groups] for row in b])
     again = ccq_backend.encode(layout, decoded, scales=scales, effort=effort)
     assert same_bits(ccq_backend.decode(layout, again), decoded)
     importance = np.exp(rng.normal(0, 2, decoded.shape)).astype(np.float32)
@@ -100,7 +100,7 @@ def test_repetitive_blocks_are_found_again(layout: Layout) -> None:
     patterns = [0x00, 0xFF, 0xAA, 0x55, 0x33, 0x0F, 0x24, 0x92, 0x49, 0x11, 0x77, 0xF0]
     b = np.array([[180] + [p] * (layout.block_bytes - 1) for p in patterns], np.uint8).reshape(1, -1)
     decoded = ccq_backend.decode(layout, b)
-    scales = levels_and_scales(layout, b[0])[1][None]
+    scales = levels_and_scales(layout, b[0])[1][None, :: layout.groups]
     assert same_bits(ccq_backend.decode(layout, ccq_backend.encode(layout, decoded, scales=scales)), decoded)
 
 
@@ -146,7 +146,7 @@ def test_same_bytes_for_any_number_of_threads(layout: Layout, effort: str) -> No
 @by_effort
 @by_layout
 def test_extreme_weights(layout: Layout, effort: str) -> None:
-    w = np.zeros((6, GROUP), np.float32)
+    w = np.zeros((6, layout.block_weights), np.float32)
     w[1, 5] = 1e-38
     w[2] = 3.4e38
     w[3, ::2], w[3, 1::2] = 1e38, -1e-38
@@ -157,18 +157,21 @@ def test_extreme_weights(layout: Layout, effort: str) -> None:
     assert not blocks[0].any()
     assert not decoded[0].any()
     assert np.abs(decoded[1]).max() <= 127 * 2.0**-27
-    # Not every sequence of extreme levels is a code word, so only sign and size can be asked for.
-    assert decoded[2].min() > 0
-    assert decoded[2].mean() > 2000
+    # Not every sequence of extreme levels is a code word, so only sign and size can be asked for; at one bit per weight
+    # only on average.
+    assert decoded[2].min() > 0 or layout.bpw < 1.5
+    assert decoded[2].mean() > 1500
     assert np.isfinite(decoded).all()
-    assert decoded[4].max() < 0
-    assert decoded[4].mean() < -2000
-    assert decoded[5, 0] > 500  # the scale that fits the block's rms of 125 reaches 127 / 52 of that, 305
+    assert decoded[4].max() < 0 or layout.bpw < 1.5
+    assert decoded[4].mean() < -1500
+    # The scale that fits the block's rms of 125 reaches 127 / 52 of that, 305; T1's of 88, where 127 zeros are at
+    # stake, reaches 216.
+    assert decoded[5, 0] > (500 if layout.bpw > 1.5 else 216)
 
 
 @by_layout
 def test_refusals(layout: Layout) -> None:
-    good = np.ones((2, GROUP), np.float32)
+    good = np.ones((2, layout.block_weights), np.float32)
     for value in (np.nan, np.inf, -np.inf):
         bad = good.copy()
         bad[1, 63] = value

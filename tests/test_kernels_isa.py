@@ -42,7 +42,8 @@ for layout in LAYOUTS:
         out[layout.name + " encode channels"] = digest(ccq_backend.encode(layout, w * np.float32(1e-3), importance))
         scales = np.full((3, 2), 2.0**-6, np.float32)
         out[layout.name + " encode scaled"] = digest(ccq_backend.encode(layout, w, scales=scales))
-        coupling = np.triu(rng.normal(0, 0.2, (2, 64, 64)), 1)
+        size = layout.block_weights
+        coupling = np.triu(rng.normal(0, 0.2, (2, size, size)), 1)
         out[layout.name + " encode coupled"] = digest(ccq_backend.encode(layout, w, importance, coupling=coupling))
 print(json.dumps(out))
 """

@@ -92,11 +92,11 @@ def encode(
     """Encode a matrix so that ``sum(importance * (weights - decoded)**2)`` is small.
 
     ``weights``: f32 [rows, cols]; ``importance``: f32 [cols] or [rows, cols], >= 0, or ``None`` for all ones;
-    ``scales``: T types only, f32 [rows, cols / 64], fixes every block's scale instead of searching it;
+    ``scales``: T types only, f32 [rows, cols / block], fixes every block's scale instead of searching it;
     ``threads``: 0 = one per CPU; ``effort``: a key of ``EFFORTS``, how far the T types' encoder searches for a smaller
     error (P types have one way);
-    ``coupling``: T types only, f32 [cols / 64, 64, 64], finite, zero on and below the diagonals: a block's errors e
-    then count as ``sum(importance * (e + e @ coupling)**2)``.
+    ``coupling``: T types only, f32 [cols / block, block, block], finite, zero on and below the diagonals: a block's
+    errors e then count as ``sum(importance * (e + e @ coupling)**2)``.
     Returns u8 [rows, row bytes], the same for any number of threads and kernel set.
 
     Raises ``ShapeError``, ``WeightsError``, ``ImportanceError``, ``BackendError``.
@@ -121,14 +121,15 @@ def encode(
         params.importance_stride = cols if imp.ndim == 2 else 0
     if scales is not None:
         s = np.ascontiguousarray(scales, np.float32)
-        if s.shape != (rows, cols // layouts.GROUP):
-            raise errors.ShapeError(f"scales have shape {s.shape}, not {(rows, cols // layouts.GROUP)}")
+        if s.shape != (rows, cols // layout.block_weights):
+            raise errors.ShapeError(f"scales have shape {s.shape}, not {(rows, cols // layout.block_weights)}")
         keep.append(s)
         params.scales = _pointer(s, "const float *")
     if coupling is not None:
         u = np.ascontiguousarray(coupling, np.float32)
-        if u.shape != (cols // layouts.GROUP, layouts.GROUP, layouts.GROUP):
-            raise errors.ShapeError(f"coupling has shape {u.shape}, not {(cols // layouts.GROUP, 64, 64)}")
+        size = layout.block_weights
+        if u.shape != (cols // size, size, size):
+            raise errors.ShapeError(f"coupling has shape {u.shape}, not {(cols // size, size, size)}")
         keep.append(u)
         params.coupling = _pointer(u, "const float *")
     _check(lib.ccq_encode(layout.gguf_id, _pointer(w, "const float *"), rows, cols, params, _pointer(out, "void *")))

@@ -58,43 +58,40 @@ CCQ_CORE float ccq_t_scale(uint8_t byte) {
     return byte ? ccq_bits_float(((uint32_t)byte + ((127 + 3 - CCQ_T2_SCALE_EXPONENT_BIAS) << 3)) << 20) : 0.0f;
 }
 
-CCQ_STATIC_ASSERT(CCQ_T1_5_SCALE_EXPONENT_BIAS == CCQ_T2_SCALE_EXPONENT_BIAS &&
-                      CCQ_T2_5_SCALE_EXPONENT_BIAS == CCQ_T2_SCALE_EXPONENT_BIAS &&
-                      CCQ_T3_SCALE_EXPONENT_BIAS == CCQ_T2_SCALE_EXPONENT_BIAS,
-                  "one scale encoding for all T types");
+#define X(STEM, stem, id, weights, bytes)                                                                              \
+    CCQ_STATIC_ASSERT(CCQ_##STEM##_SCALE_EXPONENT_BIAS == CCQ_T2_SCALE_EXPONENT_BIAS, "one scale encoding");
+CCQ_TRELLIS_TYPES(X)
+#undef X
 
 CCQ_CORE int8_t ccq_t_level(uint32_t window, uint32_t multiplier, uint32_t mask, int shift, int offset) {
     const uint32_t hash = window * multiplier & 0xffff;
     return (int8_t)((int)(hash & mask) + (int)(hash >> shift & mask) - offset);
 }
 
-/* Levels of one block's cycle of code bits.  n_bytes <= 24. */
-CCQ_CORE void ccq_t_levels(const uint8_t * codes, int n_bytes, int even, int odd, uint32_t multiplier, uint32_t mask,
-                           int shift, int offset, int8_t * v) {
+/* The 64 levels from step `first` on of one block's cycle of code bits.  n_bytes <= 24. */
+CCQ_CORE void ccq_t_levels(const uint8_t * codes, int n_bytes, int first, int even, int odd, uint32_t multiplier,
+                           uint32_t mask, int shift, int offset, int8_t * v) {
     uint8_t cycle[24 + 4];
     memcpy(cycle, codes, (size_t)n_bytes);
     memcpy(cycle + n_bytes, codes, 4); /* the cycle's start again: the last windows wrap around */
     CCQ_UNROLL
     for (int t = 0; t < CCQ_GROUP; t++) {
-        const int at = (t >> 1) * (even + odd) + (t & 1) * even;
+        const int at = ((first + t) >> 1) * (even + odd) + (t & 1) * even;
         const uint32_t window = ccq_load_u32(cycle + (at >> 3)) >> (at & 7) & 0xfff;
         v[t] = ccq_t_level(window, multiplier, mask, shift, offset);
     }
 }
 
-#define CCQ_T_GROUP(STEM, stem)                                                                                        \
+#define X(STEM, stem, id, weights, bytes)                                                                              \
     CCQ_CORE float ccq_group_##stem(const uint8_t * block, int group, int8_t * v) {                                    \
-        (void)group;                                                                                                   \
         ccq_t_levels(block + offsetof(ccq_##stem##_block, codes), CCQ_##STEM##_CODE_BITS / 8,                          \
-                     CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER,                       \
-                     CCQ_##STEM##_FIELD_MASK, CCQ_##STEM##_FIELD_SHIFT, CCQ_##STEM##_LEVEL_OFFSET, v);                 \
+                     CCQ_##STEM##_GROUPS > 1 ? group * CCQ_GROUP : 0, CCQ_##STEM##_STRIDE_EVEN,                        \
+                     CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER, CCQ_##STEM##_FIELD_MASK,                        \
+                     CCQ_##STEM##_FIELD_SHIFT, CCQ_##STEM##_LEVEL_OFFSET, v);                                          \
         return ccq_t_scale(block[offsetof(ccq_##stem##_block, scale)]);                                                \
     }
-CCQ_T_GROUP(T1_5, t1_5)
-CCQ_T_GROUP(T2, t2)
-CCQ_T_GROUP(T2_5, t2_5)
-CCQ_T_GROUP(T3, t3)
-#undef CCQ_T_GROUP
+CCQ_TRELLIS_TYPES(X)
+#undef X
 
 /* --- P types ---------------------------------------------------------------------------------------------------- */
 

@@ -12,6 +12,7 @@
 
 /* X(STEM, struct stem, GGUF id, weights per block, bytes per block) */
 #define CCQ_TRELLIS_TYPES(X) \
+    X(T1, t1, 33, 128, 17) \
     X(T1_5, t1_5, 32, 64, 13) \
     X(T2, t2, 36, 64, 17) \
     X(T2_5, t2_5, 37, 64, 21) \
@@ -21,6 +22,25 @@
     X(P2_5, p2_5, 5, 256, 82) \
     X(P2_75, p2_75, 31, 256, 90)
 #define CCQ_TYPES(X) CCQ_TRELLIS_TYPES(X) CCQ_PAPER_TYPES(X)
+
+/* CCQ_T1: 1.0625 bits per weight */
+#define CCQ_T1_ID 33
+#define CCQ_T1_BLOCK_WEIGHTS 128
+#define CCQ_T1_BLOCK_BYTES 17
+#define CCQ_T1_GROUPS 2
+#define CCQ_T1_CODE_BITS 128
+#define CCQ_T1_STRIDE_EVEN 1
+#define CCQ_T1_STRIDE_ODD 1
+#define CCQ_T1_WINDOW_BITS 12
+#define CCQ_T1_MULTIPLIER 22219u
+#define CCQ_T1_FIELD_MASK 0x7fu
+#define CCQ_T1_FIELD_SHIFT 8
+#define CCQ_T1_LEVEL_OFFSET 127
+#define CCQ_T1_SCALE_EXPONENT_BIAS 30
+typedef struct {
+    uint8_t scale; /* uint8 */
+    uint8_t codes[16]; /* 16 x uint8 */
+} ccq_t1_block;
 
 /* CCQ_T1_5: 1.625 bits per weight */
 #define CCQ_T1_5_ID 32
@@ -154,6 +174,9 @@ typedef struct {
 #else
 #define CCQ_STATIC_ASSERT _Static_assert
 #endif
+CCQ_STATIC_ASSERT(sizeof(ccq_t1_block) == 17, "ccq_t1_block size");
+CCQ_STATIC_ASSERT(offsetof(ccq_t1_block, scale) == 0, "ccq_t1_block.scale offset");
+CCQ_STATIC_ASSERT(offsetof(ccq_t1_block, codes) == 1, "ccq_t1_block.codes offset");
 CCQ_STATIC_ASSERT(sizeof(ccq_t1_5_block) == 13, "ccq_t1_5_block size");
 CCQ_STATIC_ASSERT(offsetof(ccq_t1_5_block, scale) == 0, "ccq_t1_5_block.scale offset");
 CCQ_STATIC_ASSERT(offsetof(ccq_t1_5_block, codes) == 1, "ccq_t1_5_block.codes offset");

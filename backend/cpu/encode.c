@@ -51,8 +51,7 @@ static void encode_block(const worker * self, int64_t block) {
         return;
     }
     const int32_t scale_byte = j->scales == NULL ? -1 : ccq_trellis_scale_byte(j->scales[block]);
-    const float * coupling =
-        j->coupling == NULL ? NULL : j->coupling + at % j->n_cols / CCQ_GROUP * (CCQ_GROUP * CCQ_GROUP);
+    const float * coupling = j->coupling == NULL ? NULL : j->coupling + at % j->n_cols * j->type->block_weights;
     ccq_encode_trellis_block(j->kernels, self->trellis, self->coupled, j->weights + at, importance, coupling,
                              scale_byte, j->effort, out);
 }
@@ -83,8 +82,9 @@ static ccq_status check_values(const job * j, int64_t n_rows) {
         }
     }
     if (j->coupling != NULL) {
-        for (int64_t i = 0; i < j->n_cols * CCQ_GROUP; i++) {
-            const int64_t row = i / CCQ_GROUP % CCQ_GROUP, column = i % CCQ_GROUP;
+        const int64_t size = j->type->block_weights;
+        for (int64_t i = 0; i < j->n_cols * size; i++) {
+            const int64_t row = i / size % size, column = i % size;
             if (!isfinite(j->coupling[i]) || (column <= row && j->coupling[i] != 0)) { return CCQ_ERR_ARGUMENT; }
         }
     }

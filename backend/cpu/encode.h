@@ -14,42 +14,48 @@ struct ccq_kernels;
 
 enum {
     CCQ_TRELLIS_LEVELS = 4096, /* windows of 12 bits */
-    CCQ_TRELLIS_STATES = 2048  /* the most states between two steps: 12 bits less a stride of 1 */
+    CCQ_TRELLIS_STATES = 2048, /* the most states between two steps: 12 bits less a stride of 1 */
+    CCQ_TRELLIS_STEPS = 128    /* the longest block */
 };
 
-CCQ_STATIC_ASSERT(CCQ_T1_5_WINDOW_BITS == 12 && CCQ_T2_WINDOW_BITS == 12 && CCQ_T2_5_WINDOW_BITS == 12 &&
-                      CCQ_T3_WINDOW_BITS == 12,
-                  "the Viterbi tables are made for 12-bit windows");
+#define X(STEM, stem, id, weights, bytes)                                                                              \
+    CCQ_STATIC_ASSERT(CCQ_##STEM##_WINDOW_BITS == 12 && (weights) <= CCQ_TRELLIS_STEPS, "what the tables are made "    \
+                                                                                        "for");
+CCQ_TRELLIS_TYPES(X)
+#undef X
 
 /* Working memory of one encoder thread, and the tables of the T type it encodes.
  *
  * The tables by step & 1 hold the levels in the order in which a Viterbi step reads them: the window
  * (run * part + k) << after | p at (run * ways + p) * part + k; viterbi_step in kernels.inl says what these are. */
 typedef struct ccq_trellis {
+    int32_t steps;                         /* of a block */
     int32_t stride[2];                     /* of even and odd steps */
     int8_t level[CCQ_TRELLIS_LEVELS];      /* by window */
     int16_t levels[2][CCQ_TRELLIS_LEVELS]; /* of even and odd steps */
     int16_t scaled[2][CCQ_TRELLIS_LEVELS]; /* CCQ_FACTOR_ONE times that */
     uint16_t sorted[CCQ_TRELLIS_STATES];   /* scalar: the metrics entering a step, by predecessor */
-    uint16_t metric[CCQ_GROUP + 1]
+    uint16_t metric[CCQ_TRELLIS_STEPS + 1]
                    [CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
 } ccq_trellis;
 
 enum { CCQ_COUPLED_KEPT = 256 };
 
 /* Working memory of one encoder thread's searches with coupled errors (coupled.inl).  The reversed trellis passes the
- * same cycles backwards: windows and states have their bits in reverse order, step i is step 63 - i of the block. */
+ * same cycles backwards: windows and states have their bits in reverse order, step i is the i-th from the block's end.
+ */
 typedef struct ccq_coupled {
     ccq_trellis reversed;
-    uint16_t reverse[CCQ_TRELLIS_LEVELS]; /* windows with their bits in reverse order */
-    const float * coupling;               /* which one lies in row: it stays as it is for all blocks */
-    int16_t row[CCQ_GROUP][CCQ_GROUP];    /* the coupling, rows in units of 2^(shift - 15) */
-    int32_t shift[CCQ_GROUP];
-    int16_t target[2][CCQ_COUPLED_KEPT][CCQ_GROUP]; /* of the survivors before even and odd steps, 1/64 level */
+    uint16_t reverse[CCQ_TRELLIS_LEVELS];              /* windows with their bits in reverse order */
+    const float * coupling;                            /* which one lies in row: it stays as it is for all blocks */
+    int16_t row[CCQ_TRELLIS_STEPS][CCQ_TRELLIS_STEPS]; /* the coupling, rows in units of 2^(shift - 15) */
+    int32_t shift[CCQ_TRELLIS_STEPS];
+    int16_t target[2][CCQ_COUPLED_KEPT][CCQ_TRELLIS_STEPS]; /* of the survivors before even and odd steps, 1/64 level */
     uint16_t state[2][CCQ_COUPLED_KEPT];
     int32_t metric[2][CCQ_COUPLED_KEPT];
-    uint16_t found[CCQ_TRELLIS_STATES];         /* the last step after which a state had a survivor << 8 | which */
-    uint32_t back[CCQ_GROUP][CCQ_COUPLED_KEPT]; /* of each survivor after a step: its window, its parent << 16 */
+    uint16_t found[CCQ_TRELLIS_STATES]; /* the last step after which a state had a survivor << 8 | which */
+    uint32_t back[CCQ_TRELLIS_STEPS]
+                 [CCQ_COUPLED_KEPT]; /* of each survivor after a step: its window, its parent << 16 */
 } ccq_coupled;
 
 /* The cost of a step, an integer: the squared error in units of eight squared levels, times the weight's factor (root
@@ -94,7 +100,7 @@ static inline int32_t ccq_step_cost(int32_t x, int32_t factor, int32_t level) {
 void ccq_trellis_init(ccq_trellis * trellis, int32_t index);
 void ccq_coupled_init(ccq_coupled * coupled, const ccq_trellis * trellis);
 
-/* Encode 64 weights; w is NULL for all ones; coupled and coupling (64 x 64, as in ccq.h) are NULL where errors are
+/* Encode a block; w is NULL for all ones; coupled and coupling (one matrix, as in ccq.h) are NULL where errors are
  * independent; scale_byte < 0: searched; effort is a ccq_effort. */
 void ccq_encode_trellis_block(const struct ccq_kernels * kernels, ccq_trellis * trellis, ccq_coupled * coupled,
                               const float * x, const float * w, const float * coupling, int32_t scale_byte,

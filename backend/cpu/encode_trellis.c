@@ -17,7 +17,7 @@
  * overflow float32; such a weight decodes to the largest level in any case. */
 static const float LARGEST_WEIGHT = 65536.0f;
 
-enum { SCALE_BYTES = 256, HALF = CCQ_GROUP / 2 };
+enum { SCALE_BYTES = 256 };
 
 /* --- tables ----------------------------------------------------------------------------------------------------- */
 
@@ -36,12 +36,13 @@ static void order_levels(ccq_trellis * trellis) {
 }
 
 void ccq_trellis_init(ccq_trellis * trellis, int32_t index) {
-    int32_t even = 0, odd = 0;
+    int32_t steps = 0, even = 0, odd = 0;
     uint32_t multiplier = 0, mask = 0;
     int shift = 0, offset = 0;
     switch (index) {
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     case CCQ_INDEX_##STEM:                                                                                             \
+        steps = weights;                                                                                               \
         even = CCQ_##STEM##_STRIDE_EVEN;                                                                               \
         odd = CCQ_##STEM##_STRIDE_ODD;                                                                                 \
         multiplier = CCQ_##STEM##_MULTIPLIER;                                                                          \
@@ -53,6 +54,7 @@ void ccq_trellis_init(ccq_trellis * trellis, int32_t index) {
 #undef X
     default: break;
     }
+    trellis->steps = steps;
     trellis->stride[0] = even;
     trellis->stride[1] = odd;
     for (uint32_t window = 0; window < CCQ_TRELLIS_LEVELS; window++) {
@@ -63,6 +65,7 @@ void ccq_trellis_init(ccq_trellis * trellis, int32_t index) {
 
 void ccq_coupled_init(ccq_coupled * coupled, const ccq_trellis * trellis) {
     ccq_trellis * reversed = &coupled->reversed;
+    reversed->steps = trellis->steps;
     reversed->stride[0] = trellis->stride[0];
     reversed->stride[1] = trellis->stride[1];
     for (int window = 0; window < CCQ_TRELLIS_LEVELS; window++) {
@@ -92,17 +95,17 @@ typedef struct {
     ccq_coupled * coupled;
     const float * coupling; /* NULL: errors are independent */
     const float * x;
-    const float * w;                 /* NULL: all ones */
-    const int16_t * factor;          /* ccq_step_cost's; NULL: all CCQ_FACTOR_ONE */
-    float unit[CCQ_GROUP];           /* of its x, by the factors, */
-    float bound[CCQ_GROUP];          /* and the bound on that */
-    int16_t units[CCQ_GROUP];        /* ccq_step_cost's x for the pass under way */
-    double cost[SCALE_BYTES];        /* of the open pass, by scale byte; < 0: not run, INFINITY: closed since */
-    int32_t seam_state[SCALE_BYTES]; /* what that pass found at the seam */
-    uint16_t window[CCQ_GROUP];      /* the way traced last */
-    double best_error;               /* of best_window at best_byte; INFINITY: none yet */
+    const float * w;                    /* NULL: all ones */
+    const int16_t * factor;             /* ccq_step_cost's; NULL: all CCQ_FACTOR_ONE */
+    float unit[CCQ_TRELLIS_STEPS];      /* of its x, by the factors, */
+    float bound[CCQ_TRELLIS_STEPS];     /* and the bound on that */
+    int16_t units[CCQ_TRELLIS_STEPS];   /* ccq_step_cost's x for the pass under way */
+    double cost[SCALE_BYTES];           /* of the open pass, by scale byte; < 0: not run, INFINITY: closed since */
+    int32_t seam_state[SCALE_BYTES];    /* what that pass found at the seam */
+    uint16_t window[CCQ_TRELLIS_STEPS]; /* the way traced last */
+    double best_error;                  /* of best_window at best_byte; INFINITY: none yet */
     int32_t best_byte;
-    uint16_t best_window[CCQ_GROUP];
+    uint16_t best_window[CCQ_TRELLIS_STEPS];
 } search;
 
 static int32_t states_before(const search * s, int step) {
@@ -119,13 +122,13 @@ static int16_t nearest(float value, float bound) {
 /* ccq_step_cost's x at this scale; in units of the levels, exact values of a block at this scale are exact integers. */
 static void set_units(search * s, int32_t byte) {
     const float scale = ccq_t_scale((uint8_t)byte);
-    for (int t = 0; t < CCQ_GROUP; t++) { s->units[t] = nearest(s->x[t] / scale * s->unit[t], s->bound[t]); }
+    for (int t = 0; t < s->trellis->steps; t++) { s->units[t] = nearest(s->x[t] / scale * s->unit[t], s->bound[t]); }
 }
 
 /* Use these factors from now on. */
 static void set_factor(search * s, const int16_t * factor) {
     s->factor = factor;
-    for (int t = 0; t < CCQ_GROUP; t++) {
+    for (int t = 0; t < s->trellis->steps; t++) {
         const int32_t f = factor ? factor[t] : CCQ_FACTOR_ONE;
         s->unit[t] = (float)(f <= CCQ_FACTOR_SCALED ? f : CCQ_FACTOR_ONE);
         s->bound[t] = (float)ccq_value_bound(f);
@@ -142,8 +145,8 @@ static void run_pass(search * s, int32_t byte, int first) {
  * the state before step `first`.  Repeats the kernel's arithmetic, so it finds the way whose cost the kernel kept. */
 static int32_t trace(search * s, int first, int32_t state) {
     const ccq_trellis * trellis = s->trellis;
-    for (int i = CCQ_GROUP - 1; i >= 0; i--) {
-        const int t = (first + i) % CCQ_GROUP;
+    for (int i = trellis->steps - 1; i >= 0; i--) {
+        const int t = (first + i) % trellis->steps;
         const int32_t stride = trellis->stride[t & 1];
         const int32_t mask = states_before(s, t) - 1;
         const int32_t factor = s->factor ? s->factor[t] : CCQ_FACTOR_ONE;
@@ -163,7 +166,7 @@ static int32_t trace(search * s, int first, int32_t state) {
 
 static double way_error(const search * s, float scale) {
     double sum = 0;
-    for (int t = 0; t < CCQ_GROUP; t++) {
+    for (int t = 0; t < s->trellis->steps; t++) {
         const double error = (double)s->x[t] - (double)(scale * (float)s->trellis->level[s->window[t]]);
         sum += (s->w ? (double)s->w[t] : 1.0) * error * error;
     }
@@ -178,10 +181,10 @@ static int32_t state_at(const search * s, const uint16_t * window, int seam) {
 /* First pass, around the block from half a block after step `seam`, free at both ends; the state that the best way has
  * before step `seam` goes to *state.  Returns its cost. */
 static double open_pass(search * s, int32_t byte, int seam, int32_t * state) {
-    const int first = (seam + HALF) % CCQ_GROUP;
+    const int first = (seam + s->trellis->steps / 2) % s->trellis->steps;
     memset(s->trellis->metric[0], 0, sizeof s->trellis->metric[0]);
     run_pass(s, byte, first);
-    const uint16_t * last = s->trellis->metric[CCQ_GROUP];
+    const uint16_t * last = s->trellis->metric[s->trellis->steps];
     int32_t end = 0;
     while (last[end] != 0) { end++; }
     trace(s, first, end);
@@ -229,10 +232,10 @@ static double byte_axis(double value) {
 static double likely_scale(const search * s) {
     static const struct {
         double offset, slope; /* by the tail: how far the root of the fourth moment is above the second's */
-    } fit[] = {{-48.2, 0.8}, {-48.9, 1.2}, {-49.1, 1.45}, {-49.2, 1.6}};
-    const int rate = s->trellis->stride[0] + s->trellis->stride[1] - 3;
+    } fit[] = {{-48.0, 0.3}, {-48.2, 0.8}, {-48.9, 1.2}, {-49.1, 1.45}, {-49.2, 1.6}};
+    const int rate = s->trellis->stride[0] + s->trellis->stride[1] - 2;
     double mass = 0, second = 0, fourth = 0;
-    for (int t = 0; t < CCQ_GROUP; t++) {
+    for (int t = 0; t < s->trellis->steps; t++) {
         const double square = (double)s->x[t] * (double)s->x[t], w = s->w ? sqrt((double)s->w[t]) : 1.0;
         mass += w;
         second += w * square;
@@ -267,7 +270,9 @@ static const plan PLANS[] = {
     [CCQ_EFFORT_BEST] = {
         .open = 6, .climb = 1, .close = 8, .again = 8, .seams = 3, .given = 8, .coupled = 8, .keep = 128}};
 
-static const int SEAMS[8] = {0, 32, 16, 48, 8, 40, 24, 56};
+static const int SEAMS[8] = {0, 4, 2, 6, 1, 5, 3, 7}; /* eighths of a block */
+
+static int seam_at(const search * s, int i) { return SEAMS[i] * (s->trellis->steps / 8); }
 
 static void search_scale(search * s, const plan * how) {
     const double place = likely_scale(s);
@@ -293,15 +298,15 @@ static void search_scale(search * s, const plan * how) {
         s->cost[byte] = INFINITY;
         for (int i = 1; i <= how->seams && n < how->again; i++) {
             int32_t state;
-            if (!(open_pass(s, byte, SEAMS[i], &state) < s->best_error)) { break; }
-            closed_pass(s, byte, SEAMS[i], state);
+            if (!(open_pass(s, byte, seam_at(s, i), &state) < s->best_error)) { break; }
+            closed_pass(s, byte, seam_at(s, i), state);
         }
     }
 }
 
 /* Whether the weights are levels of this scale, all of them. */
 static int are_levels(const search * s, float scale) {
-    for (int t = 0; t < CCQ_GROUP; t++) {
+    for (int t = 0; t < s->trellis->steps; t++) {
         const float level = s->x[t] / scale;
         if (level != floorf(level) || fabsf(level) > (float)CCQ_LEVEL_MAX) { return 0; }
     }
@@ -313,11 +318,11 @@ static int are_levels(const search * s, float scale) {
  * pass may end on another way without error. */
 static void search_given(search * s, int32_t byte, const plan * how) {
     if (are_levels(s, ccq_t_scale((uint8_t)byte))) {
-        int16_t sharp[CCQ_GROUP];
-        for (int t = 0; t < CCQ_GROUP; t++) { sharp[t] = 2 * CCQ_FACTOR_SCALED; }
+        int16_t sharp[CCQ_TRELLIS_STEPS];
+        for (int t = 0; t < CCQ_TRELLIS_STEPS; t++) { sharp[t] = 2 * CCQ_FACTOR_SCALED; }
         const int16_t * factor = s->factor;
         set_factor(s, sharp);
-        for (int seam = 0; seam < CCQ_GROUP && s->best_error > 0; seam += CCQ_GROUP / 8) {
+        for (int seam = 0; seam < s->trellis->steps && s->best_error > 0; seam += s->trellis->steps / 8) {
             int32_t state;
             if (open_pass(s, byte, seam, &state) > 0) { break; }
             closed_pass(s, byte, seam, state);
@@ -326,8 +331,8 @@ static void search_given(search * s, int32_t byte, const plan * how) {
     }
     for (int i = 0; i < how->given && s->best_error > 0; i++) {
         int32_t state;
-        if (!(open_pass(s, byte, SEAMS[i], &state) < s->best_error)) { break; }
-        closed_pass(s, byte, SEAMS[i], state);
+        if (!(open_pass(s, byte, seam_at(s, i), &state) < s->best_error)) { break; }
+        closed_pass(s, byte, seam_at(s, i), state);
     }
 }
 
@@ -335,13 +340,13 @@ static void search_given(search * s, int32_t byte, const plan * how) {
 
 /* sum(w * (e + e U)^2) of the errors e of `window` at `scale`; window NULL: of a block of zeros. */
 static double coupled_error(const search * s, const uint16_t * window, float scale) {
-    double error[CCQ_GROUP], owed[CCQ_GROUP] = {0}, sum = 0;
-    for (int t = 0; t < CCQ_GROUP; t++) {
+    double error[CCQ_TRELLIS_STEPS], owed[CCQ_TRELLIS_STEPS] = {0}, sum = 0;
+    for (int t = 0; t < s->trellis->steps; t++) {
         error[t] = (double)s->x[t] - (window ? (double)(scale * (float)s->trellis->level[window[t]]) : 0.0);
         const double remaining = error[t] + owed[t];
         sum += (s->w ? (double)s->w[t] : 1.0) * remaining * remaining;
-        const float * row = s->coupling + t * CCQ_GROUP;
-        for (int j = t + 1; j < CCQ_GROUP; j++) { owed[j] += error[t] * (double)row[j]; }
+        const float * row = s->coupling + t * s->trellis->steps;
+        for (int j = t + 1; j < s->trellis->steps; j++) { owed[j] += error[t] * (double)row[j]; }
     }
     return sum;
 }
@@ -350,14 +355,15 @@ static double coupled_error(const search * s, const uint16_t * window, float sca
 static void set_rows(ccq_coupled * c, const float * coupling) {
     if (c->coupling == coupling) { return; }
     c->coupling = coupling;
-    for (int t = 0; t < CCQ_GROUP; t++) {
-        const float * row = coupling + t * CCQ_GROUP;
+    const int steps = c->reversed.steps;
+    for (int t = 0; t < steps; t++) {
+        const float * row = coupling + t * steps;
         float top = 0;
-        for (int j = 0; j < CCQ_GROUP; j++) { top = fabsf(row[j]) > top ? fabsf(row[j]) : top; }
+        for (int j = 0; j < steps; j++) { top = fabsf(row[j]) > top ? fabsf(row[j]) : top; }
         int shift = 0;
         while (shift < 14 && top > 0.999f * (float)(1 << shift)) { shift++; }
         const float unit = 32768.0f / (float)(1 << shift);
-        for (int j = 0; j < CCQ_GROUP; j++) { c->row[t][j] = nearest(row[j] * unit, INT16_MAX); }
+        for (int j = 0; j < steps; j++) { c->row[t][j] = nearest(row[j] * unit, INT16_MAX); }
         c->shift[t] = shift;
     }
 }
@@ -365,13 +371,14 @@ static void set_rows(ccq_coupled * c, const float * coupling) {
 /* The best cycle through `state` before step 0 that the kernel finds; becomes the block's if it is the best so far. */
 static void coupled_pass(search * s, int32_t byte, int32_t state, int32_t survivors) {
     ccq_trellis * reversed = &s->coupled->reversed;
+    const int steps = reversed->steps;
     const float scale = ccq_t_scale((uint8_t)byte);
-    int16_t x[CCQ_GROUP], units[CCQ_GROUP], factor[CCQ_GROUP];
+    int16_t x[CCQ_TRELLIS_STEPS], units[CCQ_TRELLIS_STEPS], factor[CCQ_TRELLIS_STEPS];
     set_units(s, byte);
-    for (int t = 0; t < CCQ_GROUP; t++) {
+    for (int t = 0; t < steps; t++) {
         x[t] = nearest(s->x[t] / scale * (float)CCQ_FACTOR_ONE, INT16_MAX);
-        units[CCQ_GROUP - 1 - t] = s->units[t];
-        factor[CCQ_GROUP - 1 - t] = s->factor ? s->factor[t] : CCQ_FACTOR_ONE;
+        units[steps - 1 - t] = s->units[t];
+        factor[steps - 1 - t] = s->factor ? s->factor[t] : CCQ_FACTOR_ONE;
     }
     for (int i = 0; i < CCQ_TRELLIS_STATES; i++) { reversed->metric[0][i] = CCQ_METRIC_MAX; }
     reversed->metric[0][s->coupled->reverse[state] >> reversed->stride[1]] = 0;
@@ -420,7 +427,7 @@ static void search_coupled(search * s, const plan * how, int32_t given) {
 /* The first `stride` bits of each window in turn: the others belong to the windows after it. */
 static void write_codes(const search * s, uint8_t * codes) {
     int at = 0;
-    for (int t = 0; t < CCQ_GROUP; t++) {
+    for (int t = 0; t < s->trellis->steps; t++) {
         for (int i = 0; i < s->trellis->stride[t & 1]; i++, at++) {
             codes[at >> 3] |= (uint8_t)((s->best_window[t] >> i & 1) << (at & 7));
         }
@@ -429,14 +436,14 @@ static void write_codes(const search * s, uint8_t * codes) {
 
 /* ccq_step_cost's factors.  What counts as average leaves out the excess of the heaviest weights, so that the others'
  * costs stay well above the rounding. */
-static void set_factors(const float * w, int16_t * factor) {
+static void set_factors(int steps, const float * w, int16_t * factor) {
     double mean = INFINITY;
     for (int round = 0; round < 4; round++) {
         double sum = 0;
-        for (int t = 0; t < CCQ_GROUP; t++) { sum += (double)w[t] < 16 * mean ? (double)w[t] : 16 * mean; }
-        mean = sum / CCQ_GROUP;
+        for (int t = 0; t < steps; t++) { sum += (double)w[t] < 16 * mean ? (double)w[t] : 16 * mean; }
+        mean = sum / steps;
     }
-    for (int t = 0; t < CCQ_GROUP; t++) {
+    for (int t = 0; t < steps; t++) {
         const double root = floor(sqrt((double)w[t] / mean) * CCQ_FACTOR_ONE + 0.5);
         factor[t] = (int16_t)(root < CCQ_FACTOR_MAX ? root : CCQ_FACTOR_MAX);
     }
@@ -445,22 +452,23 @@ static void set_factors(const float * w, int16_t * factor) {
 void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis, ccq_coupled * coupled,
                               const float * x, const float * w, const float * coupling, int32_t scale_byte,
                               int32_t effort, uint8_t * block) {
-    float values[CCQ_GROUP], factors[CCQ_GROUP];
+    float values[CCQ_TRELLIS_STEPS], factors[CCQ_TRELLIS_STEPS];
+    const int steps = trellis->steps;
     double power = 0, top = 0;
     float w_top = 0;
-    for (int t = 0; t < CCQ_GROUP; t++) {
+    for (int t = 0; t < steps; t++) {
         const float value = x[t] > LARGEST_WEIGHT ? LARGEST_WEIGHT : x[t];
         values[t] = value < -LARGEST_WEIGHT ? -LARGEST_WEIGHT : value;
         if (fabs((double)values[t]) > top) { top = fabs((double)values[t]); }
         if (w != NULL && w[t] > w_top) { w_top = w[t]; }
     }
-    memset(block, 0, 1 + (size_t)(trellis->stride[0] + trellis->stride[1]) * (CCQ_GROUP / 2) / 8);
+    memset(block, 0, 1 + (size_t)(trellis->stride[0] + trellis->stride[1]) * (steps / 2) / 8);
     if (scale_byte == 0 || (scale_byte < 0 && top == 0)) { return; }
     /* Only ratios of importances matter: a power of two brings the largest below 1, so that no cost overflows. */
     const int weighted = w_top > 0;
     int exponent = 0;
     (void)frexpf(w_top, &exponent);
-    for (int t = 0; t < CCQ_GROUP; t++) {
+    for (int t = 0; t < steps; t++) {
         factors[t] = weighted ? ldexpf(w[t], -exponent) : 1.0f;
         power += (double)factors[t] * (double)values[t] * (double)values[t];
     }
@@ -473,8 +481,8 @@ void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis
                 .best_error = INFINITY,
                 .best_byte = -1};
     for (int byte = 0; byte < SCALE_BYTES; byte++) { s.cost[byte] = -1; }
-    int16_t step_factors[CCQ_GROUP];
-    if (weighted) { set_factors(factors, step_factors); }
+    int16_t step_factors[CCQ_TRELLIS_STEPS];
+    if (weighted) { set_factors(steps, factors, step_factors); }
     set_factor(&s, weighted ? step_factors : NULL);
     const plan * how = &PLANS[effort];
     if (coupling != NULL) {

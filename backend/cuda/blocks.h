@@ -25,14 +25,14 @@ template <int N> __device__ __forceinline__ void load_words(const uint8_t * at, 
 
 /* --- T types ---------------------------------------------------------------------------------------------------- */
 
-template <int BITS, int EVEN, int ODD, uint32_t MULTIPLIER> struct trellis {
+template <int BITS, int GROUPS, int EVEN, int ODD, uint32_t MULTIPLIER> struct trellis {
     static constexpr int WORDS = BITS / 32;
     static constexpr bool HAS_PAIRS = true;
-    uint32_t word[WORDS + 1]; /* the cycle's bits, and its start again */
+    uint32_t word[WORDS + 1]; /* the cycle's bits from the group's first on, and their start again */
     float scale;
 
     __device__ __forceinline__ void load(const uint8_t * row, int64_t group) {
-        const uint8_t * block = row + group * (BITS / 8 + 1);
+        const uint8_t * block = row + group / GROUPS * (BITS / 8 + 1);
         const uintptr_t at = (uintptr_t)block;
         const uint32_t * from = (const uint32_t *)(at & ~(uintptr_t)3);
         const uint32_t shift = (uint32_t)(at & 3) * 8;
@@ -41,6 +41,14 @@ template <int BITS, int EVEN, int ODD, uint32_t MULTIPLIER> struct trellis {
         for (int i = 0; i <= WORDS; i++) { raw[i] = __ldg(from + i); }
         CCQ_UNROLL
         for (int i = 0; i < WORDS; i++) { word[i] = __funnelshift_rc(raw[i], raw[i + 1], shift + 8); }
+        if (GROUPS == 2 && group % 2 != 0) {
+            CCQ_UNROLL
+            for (int i = 0; i < WORDS / 2; i++) {
+                const uint32_t moved = word[i];
+                word[i] = word[i + WORDS / 2];
+                word[i + WORDS / 2] = moved;
+            }
+        }
         word[WORDS] = word[0];
         scale = ccq_t_scale((uint8_t)(raw[0] >> shift));
     }
@@ -102,8 +110,8 @@ CCQ_PAPER_TYPES(CCQ_PAPER_GROUP)
 #undef CCQ_PAPER_GROUP
 
 #define CCQ_TRELLIS_GROUP(STEM, stem, id, weights, bytes)                                                              \
-    using group_##stem =                                                                                               \
-        trellis<CCQ_##STEM##_CODE_BITS, CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER>;
+    using group_##stem = trellis<CCQ_##STEM##_CODE_BITS, CCQ_##STEM##_GROUPS, CCQ_##STEM##_STRIDE_EVEN,                \
+                                 CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER>;
 CCQ_TRELLIS_TYPES(CCQ_TRELLIS_GROUP)
 #undef CCQ_TRELLIS_GROUP
 using group_p2 = paper_p2;

@@ -126,7 +126,8 @@ size_t ggml_ccq_quantize(ggml_type type, const float * src, void * dst, int64_t 
     const TypeRow & row = row_of(type);
     const bool trellis = is_trellis(row.id);
     const size_t row_bytes = static_cast<size_t>(n_per_row / row.block_weights * row.block_bytes);
-    std::vector<float> raised(static_cast<size_t>(n_per_row)), weights(raised.size()), gain(raised.size(), 1.0f), importance;
+    std::vector<float> raised(static_cast<size_t>(n_per_row)), weights(raised.size()), gain(raised.size(), 1.0f),
+        importance;
     if (imatrix) {
         importance.resize(raised.size());
         take_importance(imatrix, n_per_row, importance.data());

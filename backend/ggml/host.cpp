@@ -95,7 +95,7 @@ struct KnownType {
     size_t type_size;
 };
 
-// Rows around the seven that are filled; the last one lies beyond them.
+// Rows around the eight that are filled; the last one lies beyond them.
 constexpr KnownType kKnownTypes[] = {
     {abi::kTypeF32, "f32", 1, 4},
     {1, "f16", 1, 2},

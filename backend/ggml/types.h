@@ -1,4 +1,4 @@
-// The seven types: what ggml's two tables say of them.  Shared by the plugin and the source integration.
+// The eight types: what ggml's two tables say of them.  Shared by the plugin and the source integration.
 #pragma once
 
 #include "host_abi.h"

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define CCQ_GROUP 64 /* weights that share one scale */
+#define CCQ_GROUP 64 /* weights that share one scale; activations too */
 
 typedef enum ccq_status {
     CCQ_OK = 0,
@@ -65,18 +65,19 @@ typedef struct ccq_encode_params {
     int32_t n_threads;         /* <= 0: one per online CPU */
     const float * importance;  /* weights of the squared error, >= 0; NULL: all ones */
     int64_t importance_stride; /* floats from one row's importance to the next; 0: all rows share n_cols values */
-    const float * scales;      /* T types only: fixes each block's scale (n_rows * n_cols / 64); NULL: searched */
-    int32_t effort;            /* a ccq_effort: how far the T types' encoder searches; P types have one way */
-    const float * coupling;    /* T types only: n_cols / 64 matrices of 64 x 64, see ccq_encode; NULL: none */
+    const float * scales; /* T types only: fixes each block's scale (n_rows * n_cols / block_weights); NULL: searched */
+    int32_t effort;       /* a ccq_effort: how far the T types' encoder searches; P types have one way */
+    const float * coupling; /* T types only: a matrix for each block of a row, see ccq_encode; NULL: none */
 } ccq_encode_params;
 
 /* Encode an n_rows x n_cols row-major matrix so that sum(importance * (w - decoded)^2) is small.  The bytes do not
  * depend on n_threads nor on the kernel set.  blocks receives n_rows * n_cols / block_weights * block_bytes bytes.
  * params may be NULL.
  *
- * With a coupling, the row e of the 64 errors w - decoded of the i-th block of every row of the matrix counts as
- * sum(importance * (e + e U)^2) instead, U being the i-th 64 x 64 row-major matrix: what earlier errors add to later
- * ones.  U must be finite and zero on and below its diagonal (CCQ_ERR_ARGUMENT).  Takes two to three times as long. */
+ * With a coupling, the row e of the errors w - decoded of the i-th block of every row of the matrix counts as
+ * sum(importance * (e + e U)^2) instead, U being the i-th row-major matrix of block_weights x block_weights: what
+ * earlier errors add to later ones.  U must be finite and zero on and below its diagonal (CCQ_ERR_ARGUMENT).  Takes two
+ * to three times as long. */
 ccq_status ccq_encode(int32_t type, const float * weights, int64_t n_rows, int64_t n_cols,
                       const ccq_encode_params * params, void * blocks);
 

@@ -23,9 +23,9 @@ import click
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from ccq_format.layouts import LAYOUTS, TrellisCode  # noqa: E402
+from ccq_format.layouts import GROUP, LAYOUTS, TrellisCode  # noqa: E402
 
-CODES = [(x.name, x.code) for x in LAYOUTS if isinstance(x.code, TrellisCode)]
+CODES = [(x.name, x.code) for x in LAYOUTS if isinstance(x.code, TrellisCode) and x.code.steps == GROUP]
 
 # What follows extraction, per vector of windows: (lanes, instructions), see README.md.
 AFTER = {"avx2": (16, 5), "avx512bw": (32, 5), "avx512vbmi": (32, 3), "avx512vbmi2": (32, 3), "neon": (8, 3)}

@@ -34,7 +34,9 @@ sys.path.insert(0, str(HERE.parents[1]))
 from ccq_format.layouts import GROUP, LAYOUTS, TrellisCode  # noqa: E402
 
 Floats = NDArray[np.float32]
-TYPES: dict[str, TrellisCode] = {x.name.upper(): x.code for x in LAYOUTS if isinstance(x.code, TrellisCode)}
+TYPES: dict[str, TrellisCode] = {
+    x.name.upper(): x.code for x in LAYOUTS if isinstance(x.code, TrellisCode) and x.code.steps == GROUP
+}
 SOURCES = ("gaussian", "laplace", "student_t5")
 WEIGHT = {"gaussian": 0.6, "laplace": 0.2, "student_t5": 0.2}
 FIELDS = 1 << 16
@@ -270,8 +272,9 @@ def final(threads: int, out: Path) -> None:
     rows: list[Sequence[object]] = []
     with ThreadPoolExecutor(threads) as pool:
         for layout in LAYOUTS:
-            if isinstance(layout.code, TrellisCode):
-                ((c, m, by),) = whole(pool, Code(layout.code.strides), [layout.code.multiplier], 1 << 20, 900)
+            code = TYPES.get(layout.name.upper())
+            if code is not None:
+                ((c, m, by),) = whole(pool, Code(code.strides), [code.multiplier], 1 << 20, 900)
                 rows.append((layout.name, m, layout.bpw, *(by[s] for s in SOURCES), c, by["gaussian"] * 4**layout.bpw))
                 click.echo(" ".join(map(str, rows[-1])))
     write(out, ["type", "multiplier", "bpw", *SOURCES, "score", "gaussian distance from limit"], rows)

@@ -26,7 +26,13 @@ import click
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 
-TRELLIS = {96: "CCQ_T1_5", 128: "CCQ_T2", 160: "CCQ_T2_5", 192: "CCQ_T3"}
+TRELLIS = {  # bits and groups of a block
+    (128, 2): "CCQ_T1",
+    (96, 1): "CCQ_T1_5",
+    (128, 1): "CCQ_T2",
+    (160, 1): "CCQ_T2_5",
+    (192, 1): "CCQ_T3",
+}
 PAPER = {"paper_p2": "CCQ_P2", "paper_p2_5": "CCQ_P2_5", "paper_p2_75": "CCQ_P2_75"}
 
 
@@ -157,8 +163,8 @@ def our_name(kernel: str) -> tuple[str, str, int, int] | None:
     kind = next((k for k in ("mat_vec", "mat_mul") if k in kernel), None)
     if kind is None:
         return None
-    if m := re.search(r"trellisILi(\d+)", kernel):
-        name = TRELLIS[int(m[1])]
+    if m := re.search(r"trellisILi(\d+)ELi(\d+)", kernel):
+        name = TRELLIS[int(m[1]), int(m[2])]
     else:
         m = re.search(r"\d(paper_p2(?:_75|_5)?)E", kernel)
         assert m is not None

@@ -53,7 +53,8 @@ def recipes() -> Iterator[Recipe]:
     for setting in SETTINGS:
         for name in ("p2", "p2_5", "p2_75"):
             yield Recipe(f"ccq_{name}", P_TYPES, setting, {"type": f"ccq_{name}"})
-        for name in ("t1_5", "t2", "t2_5", "t3"):
+        one_bit = () if setting == NONE else ("t1",)  # of no use without data
+        for name in (*one_bit, "t1_5", "t2", "t2_5", "t3"):
             yield Recipe(f"ccq_{name}", T_TYPES, setting, {"type": f"ccq_{name}"})
     for setting in (IMATRIX, HESSIAN):  # types by measured loss: the importance file has gradients
         for bpw in (1.8, 2.1, 2.6, 3.1):

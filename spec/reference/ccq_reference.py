@@ -88,15 +88,16 @@ def read_u16(data: bytes, at: int) -> int:
 
 # --- section 5: T types ---------------------------------------------------------------------------------------------
 
-STRIDES = {"ccq_t1_5": (1, 2), "ccq_t2": (2,), "ccq_t2_5": (2, 3), "ccq_t3": (3,)}
-CODE_BITS = {"ccq_t1_5": 96, "ccq_t2": 128, "ccq_t2_5": 160, "ccq_t3": 192}  # n
-MULTIPLIER = {"ccq_t1_5": 22219, "ccq_t2": 17177, "ccq_t2_5": 14633, "ccq_t3": 17993}  # M
+STRIDES = {"ccq_t1": (1,), "ccq_t1_5": (1, 2), "ccq_t2": (2,), "ccq_t2_5": (2, 3), "ccq_t3": (3,)}
+STEPS = {"ccq_t1": 128, "ccq_t1_5": 64, "ccq_t2": 64, "ccq_t2_5": 64, "ccq_t3": 64}
+CODE_BITS = {"ccq_t1": 128, "ccq_t1_5": 96, "ccq_t2": 128, "ccq_t2_5": 160, "ccq_t3": 192}  # n
+MULTIPLIER = {"ccq_t1": 22219, "ccq_t1_5": 22219, "ccq_t2": 17177, "ccq_t2_5": 14633, "ccq_t3": 17993}  # M
 WINDOW_BITS = 12  # L
 SCALE_BIAS = 30  # K
 
 
 def windows(name: str, codes: bytes) -> list[int]:
-    """The 64 window values u_t of one block's code bytes."""
+    """The window values u_t of one block's code bytes."""
     n = CODE_BITS[name]
 
     # > Bit k of the bit string is bit (k mod 8) of code byte floor(k / 8); bit indices are taken modulo n, the number
@@ -108,7 +109,7 @@ def windows(name: str, codes: bytes) -> list[int]:
     # > The window of weight t starts at bit o_t, where o_0 = 0 and o_(t+1) = o_t + stride_t; stride_t is the entry of
     # > the list of strides at index t modulo the length of the list.
     starts, o = [], 0
-    for t in range(64):
+    for t in range(STEPS[name]):
         starts.append(o)
         o += STRIDES[name][t % len(STRIDES[name])]
 
@@ -136,9 +137,9 @@ def trellis_scale(b: int) -> float:
 
 
 def decode_trellis(name: str, block: bytes) -> list[int]:
-    """64 weights of one block of a T type."""
+    """All weights of one block of a T type."""
     if block[0] == 0:
-        return [0] * 64
+        return [0] * STEPS[name]
     scale = trellis_scale(block[0])
     # > Weight t of the block is scale * float32(v_t), which is exact in float32; a level of 0 gives +0.
     return [bits(mul(scale, float(level(trellis_hash(name, u))))) for u in windows(name, block[1:])]
@@ -228,6 +229,7 @@ def decode_paper(name: str, block: bytes) -> list[int]:
 # --- sections 3 and 8 -----------------------------------------------------------------------------------------------
 
 BLOCKS = {  # name: GGUF id, weights and bytes of a block
+    "ccq_t1": (33, 128, 17),
     "ccq_t1_5": (32, 64, 13),
     "ccq_t2": (36, 64, 17),
     "ccq_t2_5": (37, 64, 21),

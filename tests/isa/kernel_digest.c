@@ -213,10 +213,9 @@ static void encode(const ccq_type_info * type) {
     check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
     digest(type->name, "encode_weighted", n_blocks, blocks, bytes);
     if (trellis) {
-        static float coupling[3 * CCQ_GROUP * CCQ_GROUP];
-        for (int i = 0; i < n * CCQ_GROUP; i++) {
-            coupling[i] = i % CCQ_GROUP > i / CCQ_GROUP % CCQ_GROUP ? 0.25f * random_value() : 0.0f;
-        }
+        static float coupling[3 * CCQ_TRELLIS_STEPS * CCQ_TRELLIS_STEPS];
+        const int size = type->block_weights;
+        for (int i = 0; i < n * size; i++) { coupling[i] = i % size > i / size % size ? 0.25f * random_value() : 0.0f; }
         params.coupling = coupling;
         check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
         digest(type->name, "encode_coupled", n_blocks, blocks, bytes);
@@ -232,12 +231,12 @@ static void encode(const ccq_type_info * type) {
 static void viterbi(const ccq_kernels * kernels, const ccq_type_info * type) {
     static const uint32_t factors[] = {CCQ_FACTOR_ONE, CCQ_FACTOR_SCALED, CCQ_FACTOR_MAX, 400};
     ccq_trellis * trellis = NULL;
-    int16_t x[CCQ_GROUP], factor[CCQ_GROUP];
+    int16_t x[CCQ_TRELLIS_STEPS], factor[CCQ_TRELLIS_STEPS];
     if (posix_memalign((void **)&trellis, 64, sizeof *trellis) != 0) { check(CCQ_ERR_MEMORY); }
     for (int variant = 0; variant < 16; variant++) {
         memset(trellis, 0, sizeof *trellis);
         ccq_trellis_init(trellis, ccq_type_index(type->gguf_id));
-        for (int i = 0; i < CCQ_GROUP; i++) {
+        for (int i = 0; i < type->block_weights; i++) {
             factor[i] = (int16_t)(variant & 1 ? random_bits() % (factors[random_bits() % 4] + 1) : CCQ_FACTOR_ONE);
             const int32_t unit = factor[i] <= CCQ_FACTOR_SCALED ? factor[i] : CCQ_FACTOR_ONE;
             const int32_t bound = ccq_value_bound(factor[i]);

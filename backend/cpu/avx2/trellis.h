@@ -36,9 +36,26 @@ CCQ_INLINE __m256i field_sums(__m256i codes, __m256i bytes, __m256i right, int e
     return _mm256_maddubs_epi16(_mm256_and_si256(hash, _mm256_set1_epi16(0x7f7f)), _mm256_set1_epi8(1));
 }
 
+/* T1's cycle from the start of a group's bits on, in both parts. */
+CCQ_INLINE __m256i t1_cycle(const uint8_t * block, int group) {
+    const uint8_t * codes = block + offsetof(ccq_t1_block, codes);
+    const __m128i first = _mm_loadl_epi64((const __m128i *)(codes + 8 * group));
+    const __m128i then = _mm_loadl_epi64((const __m128i *)(codes + 8 * (1 - group)));
+    return _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(first, then));
+}
+
 /* values_*: 64 levels plus their offset, as four registers of 16-bit lanes.  A cycle of up to 16 bytes is one register
  * (12 bytes with their start again: windows 32 to 63 begin at byte 6 and end at byte 14); of a longer one, the second
  * register begins where window 32 does and wraps around. */
+CCQ_INLINE void values_t1(const uint8_t * block, int group, __m256i out[4]) {
+    const __m256i cycle = t1_cycle(block, group);
+    const __m256i right = CCQ_RIGHT(2);
+    out[0] = field_sums(cycle, CCQ_BYTES(2, 0, 16), right, CCQ_T1_STRIDE_EVEN, CCQ_T1_MULTIPLIER);
+    out[1] = field_sums(cycle, CCQ_BYTES(2, 2, 16), right, CCQ_T1_STRIDE_EVEN, CCQ_T1_MULTIPLIER);
+    out[2] = field_sums(cycle, CCQ_BYTES(2, 4, 16), right, CCQ_T1_STRIDE_EVEN, CCQ_T1_MULTIPLIER);
+    out[3] = field_sums(cycle, CCQ_BYTES(2, 6, 16), right, CCQ_T1_STRIDE_EVEN, CCQ_T1_MULTIPLIER);
+}
+
 CCQ_INLINE void values_t1_5(const uint8_t * block, int group, __m256i out[4]) {
     const uint8_t * codes = block + offsetof(ccq_t1_5_block, codes);
     (void)group;

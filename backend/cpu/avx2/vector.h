@@ -33,7 +33,9 @@ CCQ_INLINE void deal_lanes(int type, __m256i v[4]) {
     transpose_parts(v);
     for (int i = 0; i < 4; i++) { /* lane l is now of the l-th four */
         v[i] = _mm256_permutevar8x32_epi32(v[i], _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        if (type == CCQ_INDEX_T2) { v[i] = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v[i], even_odd), 0xd8); }
+        if (is_trellis(type) && unit_rows(type) == 2) {
+            v[i] = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v[i], even_odd), 0xd8);
+        }
         if (type == CCQ_INDEX_P2) {
             v[i] = _mm256_permute4x64_epi64(v[i], 0xd8);
             v[i] = _mm256_unpacklo_epi16(v[i], _mm256_unpackhi_epi64(v[i], v[i]));

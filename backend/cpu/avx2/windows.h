@@ -1,15 +1,16 @@
 /* Groups of all types, vector by vector in registers, for products with AVX2.
  *
  * A group is four vectors of 16-bit lanes.  Those of T1_5, T2_5 and T3 hold, in lane l of vector i, window 4 l + i.
- * T2, whose cycle is one 128-bit part, goes in pairs of rows, one to each part, and eight vectors: lane j of a part of
- * vector i has window 8 j + i.  P2 has weight i of its states 0, 8, 1, 9, ... in the lanes of vector i; the other P
- * types come in their natural order.
+ * T1 and T2, whose cycles are one 128-bit part, go in pairs of rows, one to each part, and eight vectors: lane j of a
+ * part of vector i has window 8 j + i.  P2 has weight i of its states 0, 8, 1, 9, ... in the lanes of vector i; the
+ * other P types come in their natural order.
  *
  * What makes windows cheap: of the windows that a 16-bit lane holds, one at bit 0 takes a mask, one at bit 4 a shift,
  * others both.  So a type has few `bases`, vectors whose lanes start every so many bits, and takes several windows out
  * of each.  Instructions for 64 windows (avx2/trellis.h takes 20):
  *
  *            bases                                            windows   all
+ *     T1     lanes 8 bits apart from bit 0 and 3          6        12    18   (half of those for a pair of rows)
  *     T1_5   lanes 6 bits apart                           4         6    10
  *     T2     from bit 0 and 2, and both from a byte on    3         4     7   (half of those for a pair of rows)
  *     T2_5   lanes 10 bits apart from bit 0 and 5        10         6    16
@@ -48,7 +49,7 @@ static const int level_offset[CCQ_TYPE_COUNT] = {CCQ_TRELLIS_TYPES(X)
 CCQ_INLINE int is_trellis(int type) { return type < CCQ_FIRST_PAPER_INDEX; }
 
 /* Rows that go together, and their vectors for a group. */
-CCQ_INLINE int unit_rows(int type) { return type == CCQ_INDEX_T2 ? 2 : 1; }
+CCQ_INLINE int unit_rows(int type) { return type == CCQ_INDEX_T1 || type == CCQ_INDEX_T2 ? 2 : 1; }
 CCQ_INLINE int unit_vectors(int type) { return 4 * unit_rows(type); }
 
 enum { UNIT_ROWS_MAX = 2, UNIT_VECTORS_MAX = 8 };
@@ -93,9 +94,19 @@ CCQ_INLINE __m256i lanes_from(__m256i dwords, int even, int odd, int apart) {
 }
 
 /* base[0..3], as window() takes them. */
-CCQ_INLINE void trellis_bases(int type, const uint8_t * const * block, __m256i base[4]) {
+CCQ_INLINE void trellis_bases(int type, const uint8_t * const * block, int group, __m256i base[4]) {
     const uint8_t * codes = block[0] + 1;
-    if (type == CCQ_INDEX_T1_5) {
+    if (type == CCQ_INDEX_T1) {
+        const __m256i second_group = _mm256_set1_epi8((char)(8 * group)); /* its bits start at byte 8 */
+        const __m256i pairs = _mm256_setr_epi8(0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 0, 1, 1, 2, 2, 3, 3, 4,
+                                               4, 5, 5, 6, 6, 7, 7, 8);
+        const __m256i byte_on = _mm256_setr_epi8(1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 1, 2, 2, 3, 3, 4, 4, 5,
+                                                 5, 6, 6, 7, 7, 8, 8, 9);
+        const __m256i cycles = two_parts(codes, block[1] + 1);
+        base[0] = _mm256_shuffle_epi8(cycles, _mm256_xor_si256(pairs, second_group));
+        const __m256i next = _mm256_shuffle_epi8(cycles, _mm256_xor_si256(byte_on, second_group));
+        base[1] = _mm256_or_si256(_mm256_srli_epi16(base[0], 3), _mm256_slli_epi16(next, 5));
+    } else if (type == CCQ_INDEX_T1_5) {
         const __m256i cycle = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codes));
         base[0] = lanes_from(_mm256_shuffle_epi8(cycle, CCQ_DWORDS(12, 0, 12, 0)), 0, 4, 6);
     } else if (type == CCQ_INDEX_T2) {
@@ -123,6 +134,10 @@ CCQ_INLINE __m256i window(int type, const __m256i base[4], int i) {
     __m256i from = base[0];
     int at = 0;
     switch (type) {
+    case CCQ_INDEX_T1:
+        from = base[i == 3 || i > 4]; /* of which one window is at bit 0, one at bit 4 */
+        at = i == 3 || i > 4 ? i - 3 : i;
+        break;
     case CCQ_INDEX_T1_5: at = i == 3 ? 4 : i == 2 ? 3 : i; break;
     case CCQ_INDEX_T2:
         from = base[(i & 1) * 2 + (i >> 2)];
@@ -142,7 +157,8 @@ CCQ_INLINE __m256i window(int type, const __m256i base[4], int i) {
 }
 
 CCQ_INLINE __m256i hashes(int type, const __m256i base[4], int i) {
-    const int multiplier = type == CCQ_INDEX_T1_5   ? CCQ_T1_5_MULTIPLIER
+    const int multiplier = type == CCQ_INDEX_T1     ? CCQ_T1_MULTIPLIER
+                           : type == CCQ_INDEX_T1_5 ? CCQ_T1_5_MULTIPLIER
                            : type == CCQ_INDEX_T2   ? CCQ_T2_MULTIPLIER
                            : type == CCQ_INDEX_T2_5 ? CCQ_T2_5_MULTIPLIER
                                                     : CCQ_T3_MULTIPLIER;
@@ -167,7 +183,7 @@ CCQ_INLINE void unit_bases(int type, const uint8_t * const * block, int group, _
     case CCQ_INDEX_P2: base[0] = p2_lanes(block[0], group); break;
     case CCQ_INDEX_P2_5: values_p2_5(block[0], group, base); break;
     case CCQ_INDEX_P2_75: values_p2_75(block[0], group, base); break;
-    default: trellis_bases(type, block, base); break;
+    default: trellis_bases(type, block, group, base); break;
     }
 }
 
@@ -191,7 +207,7 @@ CCQ_INLINE float group_scale(int type, const uint8_t * block, int group) {
  * from 4 * quad_at on.  With two rows, l is one of a part. */
 CCQ_INLINE int dealt(int type) { return type <= CCQ_INDEX_P2; }
 CCQ_INLINE int quad_at(int type, int i, int l) {
-    return type == CCQ_INDEX_T2 ? 2 * l + i / 4 : type == CCQ_INDEX_P2 ? 8 * (l & 1) + l / 2 : l;
+    return is_trellis(type) && unit_rows(type) == 2 ? 2 * l + i / 4 : type == CCQ_INDEX_P2 ? 8 * (l & 1) + l / 2 : l;
 }
 
 #endif

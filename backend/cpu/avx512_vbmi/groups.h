@@ -11,8 +11,8 @@
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     enum { OFFSET_##STEM = CCQ_##STEM##_LEVEL_OFFSET };                                                                \
     CCQ_INLINE __m512i levels_##stem(const uint8_t * block, int group) {                                               \
-        (void)group;                                                                                                   \
-        return hash_levels(block_hashes(block, &windows_##stem, CCQ_##STEM##_MULTIPLIER));                             \
+        return hash_levels(                                                                                            \
+            block_hashes(block, &windows_##stem[group % CCQ_##STEM##_GROUPS], CCQ_##STEM##_MULTIPLIER));               \
     }                                                                                                                  \
     CCQ_INLINE float scale_##stem(const uint8_t * block, int group) {                                                  \
         (void)group;                                                                                                   \
@@ -64,16 +64,18 @@ CCQ_INLINE void store_levels(__m512i levels, __mmask16 some, __m512 scale, float
         const __m512i ones = _mm512_set1_epi8(1);                                                                      \
         uint8_t last[ROW_OVERREAD / (bytes) * (bytes) + ROW_OVERREAD];                                                 \
         const int64_t safe = n_blocks - ROW_OVERREAD / (bytes);                                                        \
-        for (int64_t b = 0; b < n_blocks; b++, blocks += (bytes), out += CCQ_GROUP) {                                  \
+        for (int64_t b = 0; b < n_blocks; b++, blocks += (bytes)) {                                                    \
             if (b == (safe > 0 ? safe : 0)) {                                                                          \
                 memcpy(last, blocks, (size_t)(n_blocks - b) * (bytes));                                                \
                 blocks = last;                                                                                         \
             }                                                                                                          \
-            const hashes h = block_hashes(blocks, &float_windows_##stem, CCQ_##STEM##_MULTIPLIER);                     \
             const __m512 scale = _mm512_set1_ps(scale_##stem(blocks, 0));                                              \
             const __mmask16 some = (__mmask16) - (blocks[0] != 0); /* else +0, whatever the level's sign */            \
-            store_levels(_mm512_maddubs_epi16(h.low, ones), some, scale, out);                                         \
-            store_levels(_mm512_maddubs_epi16(h.high, ones), some, scale, out + 32);                                   \
+            for (int group = 0; group < CCQ_##STEM##_GROUPS; group++, out += CCQ_GROUP) {                              \
+                const hashes h = block_hashes(blocks, &float_windows_##stem[group], CCQ_##STEM##_MULTIPLIER);          \
+                store_levels(_mm512_maddubs_epi16(h.low, ones), some, scale, out);                                     \
+                store_levels(_mm512_maddubs_epi16(h.high, ones), some, scale, out + 32);                               \
+            }                                                                                                          \
         }                                                                                                              \
     }
 CCQ_TRELLIS_TYPES(X)

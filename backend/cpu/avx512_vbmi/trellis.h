@@ -1,11 +1,11 @@
-/* Levels of T blocks with AVX-512 VBMI, a whole block of 64 at a time.
+/* Levels of T blocks with AVX-512 VBMI, a whole group of 64 at a time.
  *
  * Four consecutive windows lie within 64 bits from a byte on.  So one byte permutation puts the bits of every four into
  * a 64-bit lane, wrapping around the cycle, and one multishift takes their windows out, as two bytes each: 32 windows
  * in 16-bit lanes.  Then a mask (12 bits), a multiply (the hash) and a mask leave the two 7-bit fields in the lane's
  * two bytes, for a dot product with both multiplied by the same activation to add up.
  *
- * A block is two such vectors, `low` and `high`.  128-bit part L of low has windows 16 L to 16 L + 7, of high the next
+ * A group is two such vectors, `low` and `high`.  128-bit part L of low has windows 16 L to 16 L + 7, of high the next
  * 8: the order in which unpacking the 64 activations doubles them, and in which packing gives natural order. */
 #ifndef CCQ_AVX512_VBMI_TRELLIS_H
 #define CCQ_AVX512_VBMI_TRELLIS_H
@@ -38,15 +38,30 @@ typedef struct {
 
 /* float_windows_*: part L of low has windows 4 L to 4 L + 3 and 16 + 4 L to 19 + 4 L, of high those 32 further: the
  * order in which widening by unpacking gives 16 consecutive ones. */
-#define CCQ_WINDOW_TABLES(stem, even, odd, n)                                                                          \
-    static const window_tables windows_##stem __attribute__((aligned(64))) = {                                         \
-        {CCQ_EIGHT(CCQ_BYTES4, even, odd, n, 0, 4, 16), CCQ_EIGHT(CCQ_BYTES4, even, odd, n, 8, 4, 16)},                \
-        {CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, 0, 4, 16), CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, 8, 4, 16)}};             \
-    static const window_tables float_windows_##stem __attribute__((aligned(64))) = {                                   \
-        {CCQ_EIGHT(CCQ_BYTES4, even, odd, n, 0, 16, 4), CCQ_EIGHT(CCQ_BYTES4, even, odd, n, 32, 16, 4)},               \
-        {CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, 0, 16, 4), CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, 32, 16, 4)}};
+#define CCQ_TABLE(even, odd, n, w)                                                                                     \
+    {                                                                                                                  \
+        {CCQ_EIGHT(CCQ_BYTES4, even, odd, n, w, 4, 16), CCQ_EIGHT(CCQ_BYTES4, even, odd, n, (w) + 8, 4, 16)}, {        \
+            CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, w, 4, 16), CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, (w) + 8, 4, 16)       \
+        }                                                                                                              \
+    }
+#define CCQ_FLOAT_TABLE(even, odd, n, w)                                                                               \
+    {                                                                                                                  \
+        {CCQ_EIGHT(CCQ_BYTES4, even, odd, n, w, 16, 4), CCQ_EIGHT(CCQ_BYTES4, even, odd, n, (w) + 32, 16, 4)}, {       \
+            CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, w, 16, 4), CCQ_EIGHT(CCQ_SHIFTS4, even, odd, n, (w) + 32, 16, 4)      \
+        }                                                                                                              \
+    }
+/* One for each group of a block. */
+#define CCQ_OF_1(table, even, odd, n) {table(even, odd, n, 0)}
+#define CCQ_OF_2(table, even, odd, n) {table(even, odd, n, 0), table(even, odd, n, CCQ_GROUP)}
+#define CCQ_TABLES_(groups, ...) CCQ_OF_##groups(__VA_ARGS__)
+#define CCQ_TABLES(groups, ...) CCQ_TABLES_(groups, __VA_ARGS__)
 #define X(STEM, stem, id, weights, bytes)                                                                              \
-    CCQ_WINDOW_TABLES(stem, CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_CODE_BITS / 8)             \
+    static const window_tables windows_##stem[] __attribute__((aligned(64))) =                                         \
+        CCQ_TABLES(CCQ_##STEM##_GROUPS, CCQ_TABLE, CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD,                  \
+                   CCQ_##STEM##_CODE_BITS / 8);                                                                        \
+    static const window_tables float_windows_##stem[] __attribute__((aligned(64))) =                                   \
+        CCQ_TABLES(CCQ_##STEM##_GROUPS, CCQ_FLOAT_TABLE, CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD,            \
+                   CCQ_##STEM##_CODE_BITS / 8);                                                                        \
     CCQ_STATIC_ASSERT(CCQ_##STEM##_FIELD_MASK == 0x7f && CCQ_##STEM##_FIELD_SHIFT == 8, "the mask 0x7f7f");            \
     CCQ_STATIC_ASSERT(CCQ_##STEM##_LEVEL_OFFSET == CCQ_T2_LEVEL_OFFSET && (bytes) <= 32, "one offset, one load");
 CCQ_TRELLIS_TYPES(X)

@@ -3,10 +3,11 @@
  *
  * T types go in runs of two blocks (T1_5: four), as many as 64 bytes hold.  One byte permutation deals a run's code
  * bits to eight 64-bit lanes, each with the 8 bytes from where its share of the block's windows starts: 16 windows
- * (T1_5: 32) lie within 64 bits.  In every round one multishift then takes the next 4 windows out of each lane, and
- * with a mask, a multiply and a mask they are the two 7-bit fields of 32 hashes, which one vpdpbusd multiplies and
- * adds.  That is 10.5 instructions for 64 weights and 2 for the sum and the scale (T1_5: 10.25 and 1.5), all on the two
- * ports that 512-bit vectors have.  What is left of a row that is no multiple of a run goes block by block (trellis.h).
+ * (T1 and T1_5: 32) lie within 64 bits.  In every round one multishift then takes the next 4 windows out of each lane,
+ * and with a mask, a multiply and a mask they are the two 7-bit fields of 32 hashes, which one vpdpbusd multiplies and
+ * adds.  That is 10.5 instructions for 64 weights and 2 for the sum and the scale (T1 and T1_5: 10.25 and 1.5 or less),
+ * all on the two ports that 512-bit vectors have.  What is left of a row that is no multiple of a run goes block by
+ * block (trellis.h).
  *
  * First each column is laid out as the products read it (`expand`):
  *
@@ -31,14 +32,14 @@ typedef struct {
     float * out;
 } column;
 
-/* Blocks of a run, its rounds, and bytes of an expanded one. */
+/* Blocks of a run, its groups and rounds, and bytes of an expanded one. */
 #define RUN_BLOCKS(bytes) ((bytes) * 4 <= 64 ? 4 : 2)
-#define RUN_ROUNDS(bytes) (2 * RUN_BLOCKS(bytes))
-#define RUN_BYTES(bytes) ((RUN_ROUNDS(bytes) + 2) * 64)
+#define RUN_GROUPS(weights, bytes) (RUN_BLOCKS(bytes) * (weights) / CCQ_GROUP)
+#define RUN_ROUNDS(groups) (2 * (groups))
+#define RUN_BYTES(groups) ((RUN_ROUNDS(groups) + 2) * 64)
 
 static size_t expanded_bytes(int64_t n) { return (size_t)(n / CCQ_GROUP * EXPANDED_GROUP); }
-CCQ_STATIC_ASSERT(RUN_BYTES(CCQ_T1_5_BLOCK_BYTES) <= RUN_BLOCKS(CCQ_T1_5_BLOCK_BYTES) * EXPANDED_GROUP, "runs fit");
-CCQ_STATIC_ASSERT(RUN_BYTES(CCQ_T3_BLOCK_BYTES) <= RUN_BLOCKS(CCQ_T3_BLOCK_BYTES) * EXPANDED_GROUP, "runs fit");
+CCQ_STATIC_ASSERT(RUN_BYTES(2) <= 2 * EXPANDED_GROUP && RUN_BYTES(4) <= 4 * EXPANDED_GROUP, "runs fit");
 
 /* sums less the products of q with bytes that alternate. */
 CCQ_INLINE __m512i less_products(__m512i sums, int even_byte, int odd_byte, __m512i q) {
@@ -68,31 +69,29 @@ static void expand_plain(const int8_t * q, int64_t n_groups, int offset, uint8_t
     }
 }
 
-/* Runs of `blocks`: in round r lane j of a block's lanes has the activations from j * (64 / lanes) + 4 r on, doubled.
- */
-CCQ_INLINE void expand_runs(const int8_t * q, const float * d, int64_t n_runs, int blocks, int offset, uint8_t * out) {
-    const int n_lanes = RUN_LANES / blocks, rounds = 2 * blocks;
+/* Runs of 2 or 4 groups: in round r lane j has the activations from j * (groups * 64 / lanes) + 4 r on, doubled. */
+CCQ_INLINE void expand_runs(const int8_t * q, const float * d, int64_t n_runs, int groups, int offset, uint8_t * out) {
+    const int rounds = RUN_ROUNDS(groups);
     uint8_t first[64];
     float by_lane[16];
-    for (int i = 0; i < 64; i++) { /* byte i of round 0, counted from the block pair's first activation */
-        const int lane = i / 8;
-        first[i] = (uint8_t)(lane / n_lanes % 2 * CCQ_GROUP + lane % n_lanes * (CCQ_GROUP / n_lanes) + i % 8 / 2);
+    for (int i = 0; i < 64; i++) { /* byte i of round 0, counted from the first activation of a pair of groups */
+        first[i] = (uint8_t)(i / 8 * (groups * CCQ_GROUP / RUN_LANES) % (2 * CCQ_GROUP) + i % 8 / 2);
     }
     const __m512i start = _mm512_loadu_si512(first);
-    for (int64_t run = 0; run < n_runs; run++, q += blocks * CCQ_GROUP, d += blocks) {
+    for (int64_t run = 0; run < n_runs; run++, q += groups * CCQ_GROUP, d += groups) {
         const __m512i a = _mm512_loadu_si512(q), b = _mm512_loadu_si512(q + CCQ_GROUP);
         __m512i sums = _mm512_setzero_si512();
         for (int r = 0; r < rounds; r++, out += 64) {
             const __m512i from = _mm512_add_epi8(start, _mm512_set1_epi8((char)(4 * r)));
             __m512i doubled = _mm512_permutex2var_epi8(a, from, b);
-            if (blocks == 4) {
+            if (groups == 4) {
                 const __m512i c = _mm512_loadu_si512(q + 2 * CCQ_GROUP), e = _mm512_loadu_si512(q + 3 * CCQ_GROUP);
                 doubled = _mm512_mask_blend_epi64(0xf0, doubled, _mm512_permutex2var_epi8(c, from, e));
             }
             sums = less_products(sums, offset, 0, doubled);
             _mm512_store_si512(out, doubled);
         }
-        for (int i = 0; i < 16; i++) { by_lane[i] = d[i * blocks / 16]; }
+        for (int i = 0; i < 16; i++) { by_lane[i] = d[i * groups / 16]; }
         _mm512_store_si512(out, sums);
         _mm512_store_ps(out + 64, _mm512_loadu_ps(by_lane));
         out += 128;
@@ -108,9 +107,10 @@ CCQ_INLINE void expand_runs(const int8_t * q, const float * d, int64_t n_runs, i
                                   int64_t from, int64_t to, __m512 acc[][VECTOR_COLUMNS]) {                            \
         for (int64_t k = from; k < to; k++) {                                                                          \
             for (int r = 0; r < n_rows; r++) {                                                                         \
-                const uint8_t * block = row[r] + k * (bytes);                                                          \
+                const uint8_t * block = row[r] + k / CCQ_##STEM##_GROUPS * (bytes);                                    \
                 prefetch(block);                                                                                       \
-                const hashes h = block_hashes(block, &windows_##stem, CCQ_##STEM##_MULTIPLIER);                        \
+                const window_tables * windows = &windows_##stem[k % CCQ_##STEM##_GROUPS];                              \
+                const hashes h = block_hashes(block, windows, CCQ_##STEM##_MULTIPLIER);                                \
                 const float * scale = &trellis_scales[block[0]];                                                       \
                 for (int c = 0; c < n_cols; c++) {                                                                     \
                     const uint8_t * q = col[c].groups + (k - from) * EXPANDED_GROUP;                                   \
@@ -150,24 +150,24 @@ CCQ_PAPER_TYPES(CCQ_PAPER_ROWS)
 /* --- runs --------------------------------------------------------------------------------------------------------- */
 
 /* Byte i of lane x of a run's code bits; the shifts of round r, which are the same in all lanes. */
-#define CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, i)                                                                 \
-    ((x) / (lanes) * (bytes) + 1 + (CCQ_AT(even, odd, (x) % (lanes) * (CCQ_GROUP / (lanes))) / 8 + (i)) % (n))
-#define CCQ_RUN_LANE(even, odd, n, bytes, lanes, x)                                                                    \
-    CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 0), CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 1),                    \
-        CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 2), CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 3),                \
-        CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 4), CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 5),                \
-        CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 6), CCQ_RUN_BYTE(even, odd, n, bytes, lanes, x, 7)
-#define CCQ_RUN_TABLE(stem, even, odd, n, bytes, lanes)                                                                \
+#define CCQ_RUN_BYTE(even, odd, n, bytes, lanes, share, x, i)                                                          \
+    ((x) / (lanes) * (bytes) + 1 + (CCQ_AT(even, odd, (x) % (lanes) * (share)) / 8 + (i)) % (n))
+#define CCQ_RUN_LANE(even, odd, n, bytes, lanes, share, x)                                                             \
+    CCQ_RUN_BYTE(even, odd, n, bytes, lanes, share, x, 0), CCQ_RUN_BYTE(even, odd, n, bytes, lanes, share, x, 1),      \
+        CCQ_RUN_BYTE(even, odd, n, bytes, lanes, share, x, 2), CCQ_RUN_BYTE(even, odd, n, bytes, lanes, share, x, 3),  \
+        CCQ_RUN_BYTE(even, odd, n, bytes, lanes, share, x, 4), CCQ_RUN_BYTE(even, odd, n, bytes, lanes, share, x, 5),  \
+        CCQ_RUN_BYTE(even, odd, n, bytes, lanes, share, x, 6), CCQ_RUN_BYTE(even, odd, n, bytes, lanes, share, x, 7)
+#define CCQ_RUN_TABLE(stem, even, odd, n, bytes, lanes, share)                                                         \
     static const uint8_t run_bytes_##stem[64] __attribute__((aligned(64))) = {                                         \
-        CCQ_RUN_LANE(even, odd, n, bytes, lanes, 0), CCQ_RUN_LANE(even, odd, n, bytes, lanes, 1),                      \
-        CCQ_RUN_LANE(even, odd, n, bytes, lanes, 2), CCQ_RUN_LANE(even, odd, n, bytes, lanes, 3),                      \
-        CCQ_RUN_LANE(even, odd, n, bytes, lanes, 4), CCQ_RUN_LANE(even, odd, n, bytes, lanes, 5),                      \
-        CCQ_RUN_LANE(even, odd, n, bytes, lanes, 6), CCQ_RUN_LANE(even, odd, n, bytes, lanes, 7)};                     \
-    CCQ_STATIC_ASSERT(CCQ_AT(even, odd, CCQ_GROUP / (lanes)) % 8 == 0, "lanes start at bytes");                        \
-    CCQ_STATIC_ASSERT(CCQ_AT(even, odd, CCQ_GROUP / (lanes) - 1) + 12 <= 64, "a lane holds its windows");
+        CCQ_RUN_LANE(even, odd, n, bytes, lanes, share, 0), CCQ_RUN_LANE(even, odd, n, bytes, lanes, share, 1),        \
+        CCQ_RUN_LANE(even, odd, n, bytes, lanes, share, 2), CCQ_RUN_LANE(even, odd, n, bytes, lanes, share, 3),        \
+        CCQ_RUN_LANE(even, odd, n, bytes, lanes, share, 4), CCQ_RUN_LANE(even, odd, n, bytes, lanes, share, 5),        \
+        CCQ_RUN_LANE(even, odd, n, bytes, lanes, share, 6), CCQ_RUN_LANE(even, odd, n, bytes, lanes, share, 7)};       \
+    CCQ_STATIC_ASSERT(CCQ_AT(even, odd, share) % 8 == 0, "lanes start at bytes");                                      \
+    CCQ_STATIC_ASSERT(CCQ_AT(even, odd, (share) - 1) + 12 <= 64, "a lane holds its windows");
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     CCQ_RUN_TABLE(stem, CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_CODE_BITS / 8, bytes,          \
-                  RUN_LANES / RUN_BLOCKS(bytes))
+                  RUN_LANES / RUN_BLOCKS(bytes), (weights) * RUN_BLOCKS(bytes) / RUN_LANES)
 CCQ_TRELLIS_TYPES(X)
 #undef X
 
@@ -191,9 +191,9 @@ CCQ_INLINE __m512 run_scales(const uint8_t * run, int blocks, int bytes) {
 }
 
 CCQ_INLINE void run_rows(const uint8_t * const * row, int n_rows, const column * col, int n_cols, int64_t n_runs,
-                         int blocks, int bytes, const uint8_t * table, int even, int odd, uint32_t multiplier,
-                         __m512 acc[][VECTOR_COLUMNS]) {
-    const int rounds = 2 * blocks;
+                         int groups, int blocks, int bytes, const uint8_t * table, int even, int odd,
+                         uint32_t multiplier, __m512 acc[][VECTOR_COLUMNS]) {
+    const int rounds = RUN_ROUNDS(groups);
     const __m512i order = _mm512_load_si512(table);
     __m512i shifts[RUN_ROUNDS_MAX];
     for (int i = 0; i < rounds; i++) { shifts[i] = round_shifts(even, odd, i); }
@@ -226,8 +226,8 @@ CCQ_INLINE void run_rows(const uint8_t * const * row, int n_rows, const column *
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     CCQ_INLINE void runs_##stem(const uint8_t * const * row, int n_rows, const column * col, int n_cols,               \
                                 int64_t n_runs, __m512 acc[][VECTOR_COLUMNS]) {                                        \
-        run_rows(row, n_rows, col, n_cols, n_runs, RUN_BLOCKS(bytes), bytes, run_bytes_##stem,                         \
-                 CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER, acc);                     \
+        run_rows(row, n_rows, col, n_cols, n_runs, RUN_GROUPS(weights, bytes), RUN_BLOCKS(bytes), bytes,               \
+                 run_bytes_##stem, CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER, acc);   \
     }
 CCQ_TRELLIS_TYPES(X)
 #undef X
@@ -236,16 +236,16 @@ CCQ_TRELLIS_TYPES(X)
  */
 
 #define no_runs(...) ((void)0)
-#define CCQ_VECTOR(stem, run_blocks, runs)                                                                             \
+#define CCQ_VECTOR(stem, run_groups, runs)                                                                             \
     CCQ_INLINE void vector_rows_##stem(const uint8_t * const * row, int n_rows, const column * col, int n_cols,        \
                                        int64_t n_groups, int64_t at) {                                                 \
         __m512 acc[VECTOR_ROWS][VECTOR_COLUMNS];                                                                       \
-        const int64_t n_runs = (run_blocks) > 0 ? n_groups / (run_blocks) : 0;                                         \
+        const int64_t n_runs = (run_groups) > 0 ? n_groups / (run_groups) : 0;                                         \
         for (int r = 0; r < n_rows; r++) {                                                                             \
             for (int c = 0; c < n_cols; c++) { acc[r][c] = _mm512_setzero_ps(); }                                      \
         }                                                                                                              \
         runs(row, n_rows, col, n_cols, n_runs, acc);                                                                   \
-        groups_##stem(row, n_rows, col, n_cols, n_runs *(run_blocks), n_groups, acc);                                  \
+        groups_##stem(row, n_rows, col, n_cols, n_runs *(run_groups), n_groups, acc);                                  \
         for (int r = 0; r < n_rows; r++) {                                                                             \
             for (int c = 0; c < n_cols; c++) { col[c].out[at + r] = _mm512_reduce_add_ps(acc[r][c]); }                 \
         }                                                                                                              \
@@ -263,7 +263,7 @@ CCQ_TRELLIS_TYPES(X)
             for (int c = 0; c < n_cols; c++) { vector_rows_##stem(row + r, 1, col + c, 1, n_groups, at + r); }         \
         }                                                                                                              \
     }
-#define X(STEM, stem, id, weights, bytes) CCQ_VECTOR(stem, RUN_BLOCKS(bytes), runs_##stem)
+#define X(STEM, stem, id, weights, bytes) CCQ_VECTOR(stem, RUN_GROUPS(weights, bytes), runs_##stem)
 CCQ_TRELLIS_TYPES(X)
 #undef X
 #define X(STEM, stem, id, weights, bytes) CCQ_VECTOR(stem, 0, no_runs)
@@ -273,11 +273,12 @@ CCQ_PAPER_TYPES(X)
 /* Lay a column out for products of a type; returns the memory behind it. */
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     CCQ_INLINE uint8_t * expand_##stem(const int8_t * q, int64_t n_groups, uint8_t * to, column * col) {               \
-        const int64_t n_runs = n_groups / RUN_BLOCKS(bytes), rest = n_runs * RUN_BLOCKS(bytes);                        \
+        enum { RUN = RUN_GROUPS(weights, bytes) };                                                                     \
+        const int64_t n_runs = n_groups / RUN, rest = n_runs * RUN;                                                    \
         col->runs = to;                                                                                                \
-        col->groups = to + n_runs * RUN_BYTES(bytes);                                                                  \
-        expand_runs(q, col->d, n_runs, RUN_BLOCKS(bytes), OFFSET_##STEM, to);                                          \
-        expand_doubled(q + rest * CCQ_GROUP, n_groups - rest, OFFSET_##STEM, to + n_runs * RUN_BYTES(bytes));          \
+        col->groups = to + n_runs * RUN_BYTES(RUN);                                                                    \
+        expand_runs(q, col->d, n_runs, RUN, OFFSET_##STEM, to);                                                        \
+        expand_doubled(q + rest * CCQ_GROUP, n_groups - rest, OFFSET_##STEM, to + n_runs * RUN_BYTES(RUN));            \
         return to + expanded_bytes(n_groups * CCQ_GROUP);                                                              \
     }
 CCQ_TRELLIS_TYPES(X)

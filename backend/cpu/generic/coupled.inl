@@ -11,8 +11,8 @@
 #ifndef CCQ_HAVE_LANES
 /* now = old + error * row / 2^15 from `first` (a multiple of 16) on, rounded and saturating. */
 CCQ_INLINE void coupled_move(const int16_t * restrict old, int32_t error, const int16_t * restrict row, int first,
-                             int16_t * restrict now) {
-    for (int j = first; j < CCQ_GROUP; j++) {
+                             int steps, int16_t * restrict now) {
+    for (int j = first; j < steps; j++) {
         const int32_t sum = old[j] + ((error * row[j] + (1 << 14)) >> 15);
         now[j] = (int16_t)(sum < INT16_MIN ? INT16_MIN : sum > INT16_MAX ? INT16_MAX : sum);
     }
@@ -22,7 +22,7 @@ CCQ_INLINE void coupled_move(const int16_t * restrict old, int32_t error, const 
 /* The costs of all ways on from n survivors, and these plus half the least cost without coupling after them. */
 CCQ_INLINE void coupled_extend(const ccq_coupled * c, int t, int n, int ways, int32_t states, int32_t factor,
                                int32_t * restrict cost, int32_t * restrict sum) {
-    const uint16_t * ahead = c->reversed.metric[CCQ_GROUP - 1 - t];
+    const uint16_t * ahead = c->reversed.metric[c->reversed.steps - 1 - t];
     const int32_t bound = ccq_value_bound(factor), unit = factor <= CCQ_FACTOR_SCALED ? factor : CCQ_FACTOR_ONE;
     int8_t level[8 * CCQ_COUPLED_KEPT];
     int16_t value[8 * CCQ_COUPLED_KEPT];
@@ -114,14 +114,15 @@ CCQ_INLINE int coupled_keep(ccq_coupled * c, int t, int n_ways, int before, int3
 static void coupled_pass(ccq_coupled * c, const int16_t * x, const int16_t * factor, int32_t keep, int32_t state,
                          uint16_t * window) {
     const int32_t * stride = c->reversed.stride;
+    const int steps = c->reversed.steps;
     int32_t cost[8 * CCQ_COUPLED_KEPT], sum[8 * CCQ_COUPLED_KEPT];
     int32_t distance = CCQ_METRIC_MAX;
     int n = 1;
     memset(c->found, 0, sizeof c->found);
-    memcpy(c->target[0][0], x, sizeof c->target[0][0]);
+    memcpy(c->target[0][0], x, (size_t)steps * sizeof *x);
     c->state[0][0] = (uint16_t)(c->reverse[state] >> stride[1]);
     c->metric[0][0] = 0;
-    for (int t = 0; t < CCQ_GROUP; t++) {
+    for (int t = 0; t < steps; t++) {
         const int before = stride[(t + 1) & 1];
         const int32_t states = CCQ_TRELLIS_LEVELS >> stride[t & 1];
         const int32_t f = factor != NULL ? factor[t] : CCQ_FACTOR_ONE;
@@ -132,19 +133,19 @@ static void coupled_pass(ccq_coupled * c, const int16_t * x, const int16_t * fac
         }
         const int32_t most = coupled_cutoff(sum, n << before, keep, &distance);
         n = coupled_keep(c, t, n << before, before, states, keep, most, cost, sum);
-        if (t + 1 == CCQ_GROUP) { break; }
+        if (t + 1 == steps) { break; }
         const int shift = c->shift[t], first = (t + 1) & ~15;
         const int32_t bound = INT16_MAX >> shift;
         for (int i = 0; i < n; i++) {
             const int32_t from = (int32_t)(c->back[t][i] >> 16), u = (int32_t)(c->back[t][i] & 0xffff);
             const int32_t error = x[t] - CCQ_FACTOR_ONE * c->reversed.level[u];
             const int32_t factored = (error < -bound ? -bound : error > bound ? bound : error) * (1 << shift);
-            coupled_move(c->target[t & 1][from], factored, c->row[t], first, c->target[(t + 1) & 1][i]);
+            coupled_move(c->target[t & 1][from], factored, c->row[t], first, steps, c->target[(t + 1) & 1][i]);
         }
     }
     int best = 0;
     for (int i = 1; i < n; i++) { best = c->metric[0][i] < c->metric[0][best] ? i : best; }
-    for (int t = CCQ_GROUP - 1; t >= 0; t--) {
+    for (int t = steps - 1; t >= 0; t--) {
         window[t] = c->reverse[c->back[t][best] & 0xffff];
         best = (int)(c->back[t][best] >> 16);
     }

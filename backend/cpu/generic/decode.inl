@@ -8,6 +8,7 @@
  * whole blocks faster defines CCQ_HAVE_DECODE and decode_<stem> as ccq_kernels.decode. */
 
 #ifndef CCQ_HAVE_GROUPS
+#define group_t1 ccq_group_t1
 #define group_t1_5 ccq_group_t1_5
 #define group_t2 ccq_group_t2
 #define group_t2_5 ccq_group_t2_5

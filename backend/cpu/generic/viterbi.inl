@@ -60,6 +60,7 @@ static void lower_metrics(uint16_t * metric, int n) {
         viterbi_step(in, trellis->sorted, out, trellis->levels[parity], before, after, x, factor);                     \
     }
 #endif
+CCQ_STEP(1, 1)
 CCQ_STEP(1, 2)
 CCQ_STEP(2, 1)
 CCQ_STEP(2, 2)
@@ -71,14 +72,15 @@ CCQ_STEP(3, 3)
 enum { LOWER_EVERY = 8 };
 
 static void viterbi(ccq_trellis * trellis, const int16_t * x, const int16_t * factor, int32_t first) {
-    for (int i = 0; i < CCQ_GROUP; i++) {
-        const int t = (first + i) % CCQ_GROUP;
+    for (int i = 0; i < trellis->steps; i++) {
+        const int t = (first + i) % trellis->steps;
         const int before = trellis->stride[(t + 1) & 1];
         const int after = trellis->stride[t & 1];
         const uint16_t * in = trellis->metric[i];
         uint16_t * out = trellis->metric[i + 1];
         const int32_t f = factor != NULL ? factor[t] : CCQ_FACTOR_ONE;
         switch (before * 4 + after) {
+        case 1 * 4 + 1: step_11(trellis, t & 1, in, out, x[t], f); break;
         case 1 * 4 + 2: step_12(trellis, t & 1, in, out, x[t], f); break;
         case 2 * 4 + 1: step_21(trellis, t & 1, in, out, x[t], f); break;
         case 2 * 4 + 2: step_22(trellis, t & 1, in, out, x[t], f); break;

@@ -68,9 +68,9 @@ CCQ_INLINE void lower_metrics(uint16_t * metric, int n) {
 
 /* coupled.inl's, all lanes from a multiple of their number on: rows are zero before `first`. */
 CCQ_INLINE void coupled_move(const int16_t * restrict old, int32_t error, const int16_t * restrict row, int first,
-                             int16_t * restrict now) {
+                             int steps, int16_t * restrict now) {
     const lanes factor = lanes_fill((int16_t)error);
-    for (int j = first & -LANES; j < CCQ_GROUP; j += LANES) {
+    for (int j = first & -LANES; j < steps; j += LANES) {
         const lanes move = lanes_mulhrs(factor, lanes_load(row + j));
         lanes_store(now + j, lanes_add_saturating(lanes_load(old + j), move));
     }

@@ -70,16 +70,14 @@ CCQ_INLINE float32x4_t four_scales(int type, const uint8_t * const * block, int 
 #define CCQ_SIXTEEN(X, p, n)                                                                                           \
     CCQ_FOUR(X, p, n), CCQ_FOUR(X, (p) + 4, n), CCQ_FOUR(X, (p) + 8, n), CCQ_FOUR(X, (p) + 12, n)
 #define CCQ_ORDER(X, n) {CCQ_SIXTEEN(X, 0, n), CCQ_SIXTEEN(X, 16, n), CCQ_SIXTEEN(X, 32, n), CCQ_SIXTEEN(X, 48, n)}
-static const uint8_t level_order[][64] = {[CCQ_INDEX_T1_5] = CCQ_ORDER(CCQ_PARTS_WEIGHT, 4),
-                                          [CCQ_INDEX_T2] = CCQ_ORDER(CCQ_MATRIX_WEIGHT, 8),
-                                          [CCQ_INDEX_T2_5] = CCQ_ORDER(CCQ_PARTS_WEIGHT, 2),
-                                          [CCQ_INDEX_T3] = CCQ_ORDER(CCQ_PARTS_WEIGHT, 2),
-                                          [CCQ_INDEX_P2] = CCQ_ORDER(CCQ_MATRIX_WEIGHT, 16)};
-static const uint8_t level_byte[][64] = {[CCQ_INDEX_T1_5] = CCQ_ORDER(CCQ_PARTS_BYTE, 4),
-                                         [CCQ_INDEX_T2] = CCQ_ORDER(CCQ_MATRIX_BYTE, 8),
-                                         [CCQ_INDEX_T2_5] = CCQ_ORDER(CCQ_PARTS_BYTE, 2),
-                                         [CCQ_INDEX_T3] = CCQ_ORDER(CCQ_PARTS_BYTE, 2),
-                                         [CCQ_INDEX_P2] = CCQ_ORDER(CCQ_MATRIX_BYTE, 16)};
+static const uint8_t level_order[][64] = {
+    [CCQ_INDEX_T1] = CCQ_ORDER(CCQ_MATRIX_WEIGHT, 8), [CCQ_INDEX_T1_5] = CCQ_ORDER(CCQ_PARTS_WEIGHT, 4),
+    [CCQ_INDEX_T2] = CCQ_ORDER(CCQ_MATRIX_WEIGHT, 8), [CCQ_INDEX_T2_5] = CCQ_ORDER(CCQ_PARTS_WEIGHT, 2),
+    [CCQ_INDEX_T3] = CCQ_ORDER(CCQ_PARTS_WEIGHT, 2),  [CCQ_INDEX_P2] = CCQ_ORDER(CCQ_MATRIX_WEIGHT, 16)};
+static const uint8_t level_byte[][64] = {
+    [CCQ_INDEX_T1] = CCQ_ORDER(CCQ_MATRIX_BYTE, 8), [CCQ_INDEX_T1_5] = CCQ_ORDER(CCQ_PARTS_BYTE, 4),
+    [CCQ_INDEX_T2] = CCQ_ORDER(CCQ_MATRIX_BYTE, 8), [CCQ_INDEX_T2_5] = CCQ_ORDER(CCQ_PARTS_BYTE, 2),
+    [CCQ_INDEX_T3] = CCQ_ORDER(CCQ_PARTS_BYTE, 2),  [CCQ_INDEX_P2] = CCQ_ORDER(CCQ_MATRIX_BYTE, 16)};
 
 /* Whether it is another than the natural one. */
 CCQ_INLINE int dealt(int type) { return type <= CCQ_INDEX_P2; }

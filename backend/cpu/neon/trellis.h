@@ -3,14 +3,16 @@
  * Of the windows that a 16-bit lane holds, one at bit 0 takes a mask, one at bit 4 a shift, others both.  So a type has
  * few `bases`, vectors whose lanes start every so many bits, and takes several windows out of each.
  *
- * T2's first base is its 16 code bytes, others are that two bits and a byte further on.  The cycles of the other types
- * are four equal parts of 16 windows each.  A byte permutation puts 32 bits from the same place of every part into four
- * 32-bit lanes, and a narrowing shift takes 16 bits from any place out of them: half a base.
+ * T1's two bases have lanes 8 bits apart, from bit 0 and 4.  T2's first base is its 16 code bytes, others are that two
+ * bits and a byte further on.  The cycles of the other types are four equal parts of 16 windows each.  A byte
+ * permutation puts 32 bits from the same place of every part into four 32-bit lanes, and a narrowing shift takes 16
+ * bits from any place out of them: half a base.
  *
  * Then a multiply (the hash) and a mask leave the two 7-bit fields of eight hashes in their lanes' bytes, and a
  * pairwise addition adds them and packs 16 levels.  Instructions for 64 levels, without the loads:
  *
  *            bases   windows   hash, mask, sum   all
+ *     T1       4       15            20           39
  *     T1_5     6       12            20           38
  *     T2       4        8            20           32
  *     T2_5    11       12            20           43
@@ -75,7 +77,23 @@ CCQ_INLINE uint16x8_t window_0(uint16x8_t base) { return vandq_u16(base, window_
 CCQ_INLINE uint16x8_t window_4(uint16x8_t base) { return vshrq_n_u16(base, 4); }
 
 /* 64 windows, in the order of level_order. */
-CCQ_INLINE void windows_t1_5(const uint8_t * codes, uint16x8_t window[8]) {
+CCQ_INLINE void windows_t1(const uint8_t * codes, int group, uint16x8_t window[8]) {
+    static const uint8_t bytes[2][16] = {{0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8},
+                                         {1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9}};
+    const uint8x16_t cycle = vcombine_u8(vld1_u8(codes + 8 * group), vld1_u8(codes + 8 * (1 - group)));
+    const uint16x8_t first = vreinterpretq_u16_u8(vqtbl1q_u8(cycle, vld1q_u8(bytes[0])));
+    const uint16x8_t byte_on = vreinterpretq_u16_u8(vqtbl1q_u8(cycle, vld1q_u8(bytes[1])));
+    const uint16x8_t base[2] = {first, vsliq_n_u16(vshrq_n_u16(first, 4), byte_on, 4)};
+    for (int b = 0; b < 2; b++) {
+        window[4 * b] = window_0(base[b]);
+        window[4 * b + 1] = CCQ_WINDOW(base[b], 1);
+        window[4 * b + 2] = CCQ_WINDOW(base[b], 2);
+        window[4 * b + 3] = CCQ_WINDOW(base[b], 3);
+    }
+}
+
+CCQ_INLINE void windows_t1_5(const uint8_t * codes, int group, uint16x8_t window[8]) {
+    (void)group;
     const uint32x4_t from_0 = parts_of_12(codes, 0), from_16 = parts_of_12(codes, 1);
     const uint16x8_t base[2] = {CCQ_BASE_FROM_0(from_0, from_0, 6), CCQ_BASE(from_0, 12, from_16, 2)};
     for (int b = 0; b < 2; b++) {
@@ -91,7 +109,8 @@ CCQ_INLINE uint16x8_t one_byte_on(uint16x8_t base) {
     return vreinterpretq_u16_u8(vextq_u8(bytes, bytes, 1));
 }
 
-CCQ_INLINE void windows_t2(const uint8_t * codes, uint16x8_t window[8]) {
+CCQ_INLINE void windows_t2(const uint8_t * codes, int group, uint16x8_t window[8]) {
+    (void)group;
     uint16x8_t base[4];
     base[0] = vreinterpretq_u16_u8(vld1q_u8(codes));
     base[2] = one_byte_on(base[0]);
@@ -103,7 +122,8 @@ CCQ_INLINE void windows_t2(const uint8_t * codes, uint16x8_t window[8]) {
     }
 }
 
-CCQ_INLINE void windows_t2_5(const uint8_t * codes, uint16x8_t window[8]) {
+CCQ_INLINE void windows_t2_5(const uint8_t * codes, int group, uint16x8_t window[8]) {
+    (void)group;
     uint32x4_t from[3]; /* bits 0, 16 and 32 */
     for (int i = 0; i < 3; i++) { from[i] = parts_of_more(codes, CCQ_T2_5_CODE_BITS / 8, part_bytes_t2_5[i]); }
     const uint16x8_t base[4] = {CCQ_BASE_FROM_0(from[0], from[0], 5), CCQ_BASE(from[0], 10, from[0], 15),
@@ -114,7 +134,8 @@ CCQ_INLINE void windows_t2_5(const uint8_t * codes, uint16x8_t window[8]) {
     }
 }
 
-CCQ_INLINE void windows_t3(const uint8_t * codes, uint16x8_t window[8]) {
+CCQ_INLINE void windows_t3(const uint8_t * codes, int group, uint16x8_t window[8]) {
+    (void)group;
     uint32x4_t from[3];
     for (int i = 0; i < 3; i++) { from[i] = parts_of_more(codes, CCQ_T3_CODE_BITS / 8, part_bytes_t3[i]); }
     const uint16x8_t base[4] = {CCQ_BASE_FROM_0(from[0], from[0], 6), CCQ_BASE(from[0], 12, from[1], 2),
@@ -134,8 +155,7 @@ CCQ_INLINE uint8x16_t hash_fields(uint16x8_t window, uint32_t multiplier) {
     CCQ_STATIC_ASSERT(CCQ_##STEM##_FIELD_MASK == 0x7f && CCQ_##STEM##_FIELD_SHIFT == 8, "the mask 0x7f7f");            \
     CCQ_INLINE void values_##stem(const uint8_t * block, int group, uint8x16_t v[4]) {                                 \
         uint16x8_t window[8];                                                                                          \
-        (void)group;                                                                                                   \
-        windows_##stem(block + offsetof(ccq_##stem##_block, codes), window);                                           \
+        windows_##stem(block + offsetof(ccq_##stem##_block, codes), group, window);                                    \
         for (int i = 0; i < 4; i++) {                                                                                  \
             v[i] = vpaddq_u8(hash_fields(window[2 * i], CCQ_##STEM##_MULTIPLIER),                                      \
                              hash_fields(window[2 * i + 1], CCQ_##STEM##_MULTIPLIER));                                 \

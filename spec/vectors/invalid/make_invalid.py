@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 U8, U16, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 2, 4, 5, 6, 7, 8, 9, 10
-T_F32, T_Q8_0, T_P2, T_P2_5, T_P2_75, T_T1_5, T_RESERVED, T_T2, T_T2_5, T_T3 = 0, 8, 4, 5, 31, 32, 33, 36, 37, 38
+T_F32, T_Q8_0, T_P2, T_P2_5, T_P2_75, T_T1_5, T_T1, T_T2, T_T2_5, T_T3 = 0, 8, 4, 5, 31, 32, 33, 36, 37, 38
 
 
 def u32(value: int) -> bytes:
@@ -256,6 +256,11 @@ CASES: dict[str, tuple[bytes, str, str]] = {
         "ShapeError",
         "row length 96 is no multiple of 64, the block of ccq_t2",
     ),
+    "row_not_multiple_t1": (
+        one([192, 2], T_T1, 64),
+        "ShapeError",
+        "row length 192 is no multiple of 128, the block of ccq_t1",
+    ),
     "row_not_multiple_p2": (
         one([768], T_P2, 448),
         "ShapeError",
@@ -269,7 +274,6 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     ),
     "type_unknown": (one([64], 1000, 64), "TensorTypeError", "unknown type id 1000"),
     "type_negative": (one([64], 2**32 - 1, 64), "TensorTypeError", "unknown type id 4294967295"),
-    "type_reserved": (one([64], T_RESERVED, 64), "TensorTypeError", "type id 33 is reserved for crvq_1"),
     # --- where tensors lie
     "offset_misaligned": (
         gguf([ARCH], [tensor("a", [8], T_F32, 0), tensor("b", [8], T_F32, 40)], 96),
@@ -338,7 +342,11 @@ CASES: dict[str, tuple[bytes, str, str]] = {
         "TensorTypeError",
         "in this file type id 32 is Q4_0_4_8",
     ),
-    "legacy_33": (one([64, 4], 33, 160), "TensorTypeError", "type id 33 is reserved"),
+    "legacy_33": (
+        gguf([ARCH], [tensor("a", [128, 2], 33, 0), tensor("b", [8], T_F32, 160)], 192),
+        "TensorTypeError",
+        "tensor 'a': takes 160 bytes in the file, as Q4_0_8_8 would, and not 34 as ccq_t1",
+    ),
     "legacy_36": (
         gguf([ARCH], [tensor("a", [64, 4], 36, 0), tensor("b", [8], T_F32, 160)], 192),
         "TensorTypeError",
