@@ -11,4 +11,4 @@ def without_advice(stderr: str) -> str:
 def without_calibration(args: tuple[object, ...]) -> list[str]:
     """The words of a command, conversions told not to calibrate: random models cannot be run, nor need to be."""
     words = [str(arg) for arg in args]
-    return [*words, "--no-calibration"] if words[0] in ("hf2gguf", "quantize") else words
+    return [*words, "--no-calibration"] if {"hf2gguf", "quantize"} & set(words[:2]) else words

@@ -74,8 +74,15 @@ TWO_STEPS = {
 }
 
 
-@pytest.mark.parametrize("settings", TWO_STEPS)
-@pytest.mark.parametrize("command", ["hf2gguf", "quantize"])
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        pytest.param(command, settings, marks=pytest.mark.slow if slow else ())
+        for command, slow_from in (("quantize", 3), ("hf2gguf", 1))
+        for i, settings in enumerate(TWO_STEPS)
+        for slow in [i >= slow_from]
+    ],
+)
 def test_one_command_gives_what_two_give(
     stored: Path, folder: Path, tmp_path: Path, command: str, settings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,13 +160,13 @@ def test_a_resumed_conversion_does_not_calibrate_again(
     encoded: list[str] = []
     original, calibrate = stream.encoded_rows, automatic.calibrate_gguf
 
-    def interrupted(tensor: Any, options: Any) -> Any:
+    def interrupted(tensor: Any, options: Any, *more: Any) -> Any:
         if options.imatrix is None:  # the file that llama.cpp runs
-            return original(tensor, options)
+            return original(tensor, options, *more)
         encoded.append(tensor.source.name)
         if len(encoded) == 10:
             raise KeyboardInterrupt
-        return original(tensor, options)
+        return original(tensor, options, *more)
 
     monkeypatch.setattr(stream, "encoded_rows", interrupted)
     command = ("hf2gguf", EXAMPLE, "-o", folder / "o.gguf", *settings, "--resume")

@@ -267,7 +267,7 @@ def test_decoded_weights_are_as_large_as_the_original_ones(layout: layouts.Layou
     assert abs(slope - 1) < (0.05 if layout.name.startswith("ccq_t") and layout.bpw > 1.5 else 0.12)
 
 
-@pytest.mark.parametrize("layout", [x for x in layouts.LAYOUTS if x.name.startswith("ccq_t")], ids=lambda x: x.name)
+@pytest.mark.parametrize("layout", [x for x in layouts.LAYOUTS if x.code.couples and x.bpw > 1.5], ids=lambda x: x.name)
 def test_columns_that_matter_most_are_as_large_as_the_original_ones(layout: layouts.Layout) -> None:
     """One gain for all would make them too large, and those that matter least even smaller than they get anyway."""
     rng = np.random.default_rng(6)

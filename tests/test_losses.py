@@ -162,7 +162,7 @@ def test_losses_in_a_file(models: dict[str, Path], tmp_path: Path) -> None:
     args = ("quantize", models["bundled"], "--type", "ccq_t3", "--imatrix", out, "--effort", "fast", "--threads", 1)
     line = run(*args, "--dry-run")
     run(*args, "-o", file)
-    expected = float(line.splitlines()[-1].split("expected loss ")[1].split()[0])
+    expected = float(line.splitlines()[-2].split("expected loss ")[1].split()[0])
     load_plugin_for(file)
     with opened(models["bundled"]) as base, opened(file) as other:
         base.model.watch = other.model.watch = lambda _address, _ask: False

@@ -19,6 +19,8 @@ from ccq_converters.outliers import A_FIFTH, BlockErrors, block_powers, outlier_
 from ccq_converters.plan import QuantOptions, TensorSource
 from ccq_format.gguf_io import ModelWriter
 
+from .cli_common import without_calibration
+
 T_TYPES = ("ccq_t1_5", "ccq_t2", "ccq_t2_5", "ccq_t3")
 
 
@@ -115,7 +117,7 @@ def test_a_sample_sees_the_largest_and_stands_for_all(monkeypatch: pytest.Monkey
     assert times.sum() == 512
     result = allocate.measure(source_of(x), QuantOptions(target_bpw=2.5, threads=1))
     power = np.square(x, dtype=np.float64).sum()
-    for name, loss in zip(result.types, result.losses, strict=True):
+    for name, loss in zip(result.types, result.errors, strict=True):
         error = np.square(decoded(name, x) - x, dtype=np.float64).sum() / power
         assert loss == pytest.approx(error, rel=0.1)
 
@@ -155,7 +157,7 @@ def write(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    result = CliRunner().invoke(main, without_calibration(arguments))
     assert result.exit_code == 0, result.output
     return result
 

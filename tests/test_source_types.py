@@ -16,6 +16,8 @@ from ccq_converters.quantize import quantize
 from ccq_format.errors import CcqError, ShapeError, TensorTypeError
 from ccq_format.gguf_io import ModelWriter, open_model
 
+from .cli_common import without_calibration
+
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="runs in llama-cpp-python")
 from .ggml_common import ggml_dequantize, ggml_quantize  # noqa: E402
 
@@ -50,7 +52,7 @@ def write(path: Path, **tensors: tuple[str, np.ndarray, tuple[int, ...]]) -> Pat
 
 
 def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args], catch_exceptions=True)
+    return CliRunner().invoke(main, without_calibration(args), catch_exceptions=True)
 
 
 def ok(*args: object) -> str:
