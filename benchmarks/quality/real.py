@@ -61,8 +61,8 @@ NOVEL = ("brotli==1.2.1", "tests/testdata/alice29.txt", 40_000)
 the calibration text has the first 22,000 characters."""
 
 IK = "ik-llama-cpp-python==0.1.5"
-CTX, WINDOWS, CALIBRATION = 512, 40, 128
-"""Tokens per window; windows of each of the two texts that are scored; and windows of the calibration."""
+CTX, CALIBRATION = 512, 128
+"""Tokens per window, and windows of the calibration."""
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STOCK_FILE, STOCK_PADDED, IK_PADDED = "llama.cpp file", "llama.cpp padded", "ik_llama.cpp padded"
@@ -107,8 +107,8 @@ def recipes() -> Iterator[Recipe]:
 class Bench:
     """Makes what rows need when the first of them needs it, and the rows."""
 
-    def __init__(self, model: str, cache: Path, effort: str, threads: int) -> None:
-        self.label, self.effort, self.threads = model, effort, threads
+    def __init__(self, model: str, cache: Path, effort: str, threads: int, windows: int) -> None:
+        self.label, self.effort, self.threads, self.windows = model, effort, threads, windows
         self.cache = cache
         self.out = cache / model
         self.out.mkdir(parents=True, exist_ok=True)
@@ -151,17 +151,16 @@ class Bench:
         novel = next(self.fetch(package, "--no-binary", ":all:").rglob(name)).read_text(encoding="utf-8")[start:]
         path = self.out / "text.txt"
         with llama.LlamaModel(self.base_file, n_ctx=CTX, threads=1) as model:
-            parts = [self._windows(model, text) for text in (evaluate.read_text(EXAMPLES / "heldout.txt"), novel)]
+            parts = [self._beginning(model, text) for text in (evaluate.read_text(EXAMPLES / "heldout.txt"), novel)]
         path.write_text("".join(parts), encoding="utf-8")
         return path
 
-    @staticmethod
-    def _windows(model: llama.LlamaModel, text: str) -> str:
-        """The beginning of a text that makes ``WINDOWS`` windows, or all of it."""
+    def _beginning(self, model: llama.LlamaModel, text: str) -> str:
+        """As much of a text as makes ``windows`` windows, or all of it."""
         low, high = 0, len(text)
         while high - low > 64:  # the number of tokens grows with the text
             middle = (low + high) // 2
-            low, high = (middle, high) if len(model.tokenize(text[:middle])) < WINDOWS * CTX else (low, middle)
+            low, high = (middle, high) if len(model.tokenize(text[:middle])) < self.windows * CTX else (low, middle)
         return text[:high]
 
     @cached_property
@@ -359,6 +358,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="REGEX", help="only these of SETTING/TYPE, as imatrix/ccq_t2")
     parser.add_argument("--again", action="store_true", help="also files whose row is there")
     parser.add_argument("--effort", default="default", choices=ccq_backend.EFFORTS, help="of the encoder")
+    parser.add_argument("--windows", type=int, default=40, help="of each text, half of each is scored  [40]")
     parser.add_argument("--threads", type=int, default=0, help="0: one per CPU  [0]")
     args = parser.parse_args()
     table = Table(args.csv or args.cache / f"{args.model}.csv")
@@ -367,7 +367,7 @@ def main() -> None:
         if todo:
             llama.library()
             ccq_backend.load_plugin()
-            bench = Bench(args.model, args.cache, args.effort, args.threads)
+            bench = Bench(args.model, args.cache, args.effort, args.threads, args.windows)
             text = hashlib.sha256(bench.text.read_bytes()).hexdigest()
             table.check_setup({"model": args.model, "text": text, "context": CTX, "kernels": ccq_backend.isa()})
         for number, recipe in enumerate(todo, 1):
