@@ -160,10 +160,10 @@ def test_extreme_weights(layout: Layout, effort: str) -> None:
     # Not every sequence of extreme levels is a code word, so only sign and size can be asked for; at one bit per weight
     # only on average.
     assert decoded[2].min() > 0 or layout.bpw < 1.5
-    assert decoded[2].mean() > 1500
+    assert decoded[2].mean() > (2000 if layout.bpw > 1.5 else 1500)
     assert np.isfinite(decoded).all()
     assert decoded[4].max() < 0 or layout.bpw < 1.5
-    assert decoded[4].mean() < -1500
+    assert decoded[4].mean() < -(2000 if layout.bpw > 1.5 else 1500)
     # The scale that fits the block's rms of 125 reaches 127 / 52 of that, 305; T1's of 88, where 127 zeros are at
     # stake, reaches 216.
     assert decoded[5, 0] > (500 if layout.bpw > 1.5 else 216)
