@@ -10,13 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
 
 from ._header import ALIGNMENT_KEY, Header, validate_header
+from ._target import Output
 from ._writer import ModelWriter
 from .errors import HeaderError, InputError, PlanError
 
@@ -108,7 +108,7 @@ class _Declared:
     entry: int
 
 
-class SplitWriter:
+class SplitWriter(Output):
     """A ``ModelWriter`` whose files have ``max_bytes`` bytes at most, but for one that holds a single larger tensor.
 
     A model that fits into one file is written as ``path``, others as ``part_path(path, ...)``.  No file appears before
@@ -263,11 +263,3 @@ class SplitWriter:
 
     def __enter__(self) -> SplitWriter:
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()

@@ -11,26 +11,19 @@ from types import TracebackType
 from .errors import OutputError
 
 
-class Target(ABC):
-    """Base of the writers: they fill ``_temporary``, a file in the target's folder, and rename it in :meth:`close`.
+class Output(ABC):
+    """What is complete after :meth:`close` and gone after :meth:`abort`.
 
     As a context manager it closes on success and aborts on any exception, ``KeyboardInterrupt`` included.
     """
 
-    def __init__(self, path: str | os.PathLike[str], overwrite: bool) -> None:
-        """Raises ``OutputError`` as :meth:`_check_target` does; no file is created."""
-        self.path = Path(path)
-        self.overwrite = overwrite
-        self._check_target()
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
-
     @abstractmethod
     def close(self) -> None:
-        """Complete the file and rename it to the target."""
+        """Complete the output under its name."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Remove the temporary file.  Does nothing after a successful :meth:`close`."""
+        """Remove what is unfinished.  Does nothing after a successful :meth:`close`."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -39,6 +32,18 @@ class Target(ABC):
             self.close()
         else:
             self.abort()
+
+
+class Target(Output):
+    """Base of the writers of one file: they fill ``_temporary``, a file in the target's folder, and rename it in
+    :meth:`close`."""
+
+    def __init__(self, path: str | os.PathLike[str], overwrite: bool) -> None:
+        """Raises ``OutputError`` as :meth:`_check_target` does; no file is created."""
+        self.path = Path(path)
+        self.overwrite = overwrite
+        self._check_target()
+        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
 
     def _check_target(self) -> None:
         """Raises ``OutputError`` if the target is a folder, its folder is missing, or it exists and may not."""

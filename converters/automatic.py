@@ -29,9 +29,9 @@ from .evaluate import read_text
 from .hessian import Hessians
 from .imatrix import Importance
 from .losses import measure_losses
-from .plan import STOCK_TYPES, QuantOptions, TensorSource, format_bytes, make_plan
+from .plan import STOCK_TYPES, Plan, QuantOptions, TensorSource, format_bytes, make_plan
 from .resume import job_of
-from .stream import lacks_data, progress_bar, write_planned
+from .stream import lacks_data, progress_bar, write_model, write_planned
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,22 @@ class Conversion:
     copy_from: Model | None = None
     runnable: Path | None = None
     progress: bool = True
+
+
+def write_calibrated(conversion: Conversion, options: QuantOptions) -> Plan:
+    """Plan and write the file, with the data that :func:`calibrated` adds.  Raises what that and
+    ``stream.write_model`` do."""
+    with calibrated(conversion, options) as options:
+        return write_model(
+            conversion.out,
+            arch=conversion.arch,
+            set_metadata=conversion.set_metadata,
+            sources=conversion.sources,
+            options=options,
+            progress=conversion.progress,
+            copy_from=conversion.copy_from,
+            files=conversion.files,
+        )
 
 
 @contextmanager

@@ -53,8 +53,6 @@ most of the mean.  On text of other kinds than the Hessian's more helps: SmolLM2
 0.689 and 0.691, a novel 0.846 and 0.798.
 """
 
-_LOSSLESS, _DEEP = 1.4, 2.8
-
 
 def gain_strength(depth: int | None) -> float:
     """What a type's gain above 1 (``Code.gain``) is multiplied by in a model of ``depth`` layers: ``2.8 /
@@ -74,7 +72,7 @@ def gain_strength(depth: int | None) -> float:
     1.4       0.0335
     ========  =======  ==========================
     """
-    return 1.0 if not depth else min(_LOSSLESS, _DEEP / math.sqrt(depth))
+    return 1.0 if not depth else min(1.4, 2.8 / math.sqrt(depth))
 
 
 _GROUP = layouts.GROUP

@@ -142,14 +142,12 @@ class Hessians:
                 file=self.file,
             )
         self._shared = shared
+        names = (*self._stored, *shared)
+        self.depth = len({match[1] for name in names if (match := _LAYER.search(name))})
+        """Number of layers (``blk.N``) that there are Hessians of."""
 
     def __contains__(self, name: str) -> bool:
         return self._shared.get(name, name) in self._stored
-
-    @property
-    def depth(self) -> int:
-        """Number of layers (``blk.N``) that there are Hessians of."""
-        return len({match[1] for name in (*self._stored, *self._shared) if (match := _LAYER.search(name))})
 
     def fits(self, name: str, n_matrices: int, row_len: int) -> bool:
         """Whether there is a Hessian of that name and of the right shape for :meth:`product`."""

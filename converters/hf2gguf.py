@@ -22,7 +22,6 @@ from .arch.base import Part, Wanted, resolve
 from .plan import LoadRows, Plan, QuantOptions, TensorSource
 from .safetensors_io import Checkpoint, DecodedTensor, Weights
 from .sources import open_checkpoint
-from .stream import write_model
 from .vocab import Vocab, load_vocab
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
     Raises ``ModelError`` if the folder cannot be converted (files missing or damaged, architecture or tokenizer not
     supported, tensors missing, unexpected or of a wrong shape), and what ``stream.write_model`` raises.
     """
-    from .automatic import Conversion, calibrated  # which needs what reads folders and files
+    from .automatic import Conversion, write_calibrated  # which needs what reads folders and files
 
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
@@ -67,16 +66,7 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
 
     files = [model_dir / "config.json", *checkpoint.files]
     conversion = Conversion(Path(out), family.arch_name, sources, files, set_metadata, progress=progress)
-    with calibrated(conversion, options) as options:
-        return write_model(
-            out,
-            arch=family.arch_name,
-            set_metadata=set_metadata,
-            sources=sources,
-            options=options,
-            progress=progress,
-            files=files,
-        )
+    return write_calibrated(conversion, options)
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ _AGAIN = 0.05
 """The divergence aimed at then."""
 
 _SHAPE = -3 / 8
-"""Errors of an encoded column go with this power of its importance (``encode.error_weights``)."""
+"""Errors of an encoded column go with this power of its importance: half of its loss's (``TrellisCode.gain``)."""
 
 _LOGITS = 1 << 26
 """Log-probabilities that are kept: 256 MiB."""

@@ -13,7 +13,6 @@ from ccq_format.errors import OutputError, TensorTypeError
 from ccq_format.gguf_io import Model, TensorInfo, open_model
 
 from .plan import COPIED_TYPES, PLAIN_TYPES, Plan, QuantOptions, TensorSource
-from .stream import write_model
 
 
 def quantize(
@@ -33,7 +32,7 @@ def quantize(
 
     Raises ``TensorTypeError`` for a source of any other type, and what ``open_model`` and ``write_model`` raise.
     """
-    from .automatic import Conversion, calibrated  # which needs this module
+    from .automatic import Conversion, write_calibrated  # which needs this module
 
     model = open_model(in_path)
     if not options.dry_run:
@@ -43,16 +42,7 @@ def quantize(
     conversion = Conversion(
         Path(out_path), model.arch, sources, files, copy_from=model, runnable=Path(in_path), progress=progress
     )
-    with calibrated(conversion, options) as options:
-        return write_model(
-            out_path,
-            arch=model.arch,
-            sources=sources,
-            options=options,
-            progress=progress,
-            copy_from=model,
-            files=files,
-        )
+    return write_calibrated(conversion, options)
 
 
 def refuse_same(model: Model, out_path: str | os.PathLike[str]) -> None:

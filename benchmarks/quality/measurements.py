@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ccq_converters.evaluate import EvalResult
 from ccq_format.errors import EvalError, OutputError
 
 NONE, IMATRIX, HESSIAN = SETTINGS = ("none", "imatrix", "hessian")
@@ -94,6 +95,20 @@ class Row:
     def key(self) -> str:
         """As ``Recipe.key``."""
         return f"{self.setting}/{self.type}"
+
+
+def scores(result: EvalResult) -> dict[str, Any]:
+    """What a row takes from a comparison with the base model, as its fields."""
+    assert result.kld_mean is not None
+    return {
+        "scored": result.scored,
+        "ppl": result.ppl,
+        "ppl_stderr": result.ppl_stderr,
+        "kld": result.kld_mean,
+        "kld_stderr": result.kld_stderr or 0.0,
+        "kld_p99": result.kld_p99 or 0.0,
+        "top1": result.top1 or 0.0,
+    }
 
 
 _DIGITS = {"matrix_bpw": 5, "file_bpw": 5, "ppl": 5, "ppl_stderr": 5, "top1": 5, "cpu_seconds": 3}

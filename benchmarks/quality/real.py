@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from measurements import HESSIAN, IMATRIX, NONE, T_TYPES, TARGETS, Row, Table, embed
+from measurements import HESSIAN, IMATRIX, NONE, T_TYPES, TARGETS, Row, Table, embed, scores
 from padding import pad_importance, pad_model
+from run import matrices_of
 
 import ccq_backend
 from ccq_converters import evaluate, imatrix, llama
@@ -188,12 +189,15 @@ class Bench:
             pad_model(self.base_file, path)
         return path, pad_importance(self.data[0], self.base_file)
 
+    @cached_property
+    def matrices(self) -> frozenset[str]:
+        """Names of the tensors that are to have the type."""
+        return matrices_of(self.base_file)
+
     def make(self, recipe: Recipe, path: Path) -> int:
         """Write the file of ``recipe``; returns the size of what a user would have."""
         if recipe.family == STOCK_FILE:
-            llama.stock_quantize(
-                self.base_file, path, recipe.name, importance=self.data[0], threads=self.threads, mixture=True
-            )
+            self._stock_file(recipe.name, path)
         elif recipe.family == STOCK_PADDED:
             model, importance = self.padded
             name = recipe.name.removesuffix("_padded")
@@ -221,10 +225,11 @@ class Bench:
     def _size_of(self, name: str) -> int:
         path = self.out / f"{name}-{IMATRIX}.gguf"
         if not path.exists():
-            llama.stock_quantize(
-                self.base_file, path, name, importance=self.data[0], threads=self.threads, mixture=True
-            )
+            self._stock_file(name, path)
         return path.stat().st_size
+
+    def _stock_file(self, name: str, path: Path) -> None:
+        llama.stock_quantize(self.base_file, path, name, importance=self.data[0], threads=self.threads, mixture=True)
 
     def _ik_quantize(self, name: str, path: Path) -> int:
         """ik_llama.cpp's own llama-quantize; its types are unknown elsewhere, so the file is then decoded to f32."""
@@ -260,8 +265,7 @@ class Bench:
         seconds = time.process_time() - start
         result = evaluate.compare(path, self.base, threads=self.threads)
         model = open_model(path)
-        matrices = [t for t in model.tensors if re.match(r"blk\.\d+\.(attn|ffn)_.*[^m]\.weight$", t.name)]
-        matrices = [t for t in matrices if len(t.shape) > 1]
+        matrices = [t for t in model.tensors if t.name in self.matrices]
         weights = sum(t.n_weights for t in matrices)
         nbytes = sum(t.nbytes for t in matrices)
         if recipe.family == IK_PADDED:  # what the coded file is smaller by than one with matrices in f32
@@ -271,7 +275,6 @@ class Bench:
             nbytes = size - header - others + 4 * vocabulary - vocabulary * 34 // 32
         name = recipe.name.removesuffix("_padded")
         mixed = sorted({t.type_name for t in matrices if t.type_name != name})
-        assert result.kld_mean is not None
         return Row(
             model=self.label,
             setting=recipe.setting,
@@ -281,13 +284,7 @@ class Bench:
             matrix_bpw=8 * nbytes / weights,
             file_bpw=8 * size / sum(t.n_weights for t in model.tensors),
             file_bytes=size,
-            scored=result.scored,
-            ppl=result.ppl,
-            ppl_stderr=result.ppl_stderr,
-            kld=result.kld_mean,
-            kld_stderr=result.kld_stderr or 0.0,
-            kld_p99=result.kld_p99 or 0.0,
-            top1=result.top1 or 0.0,
+            **scores(result),
             cpu_seconds=1e6 * seconds / weights,
             made_by=self._made_by(recipe),
             note=f"with {', '.join(mixed)}" if mixed and recipe.family == STOCK_PADDED else "",

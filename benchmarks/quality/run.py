@@ -39,6 +39,7 @@ from measurements import (
     markdown,
     markdown_comparisons,
     recipes,
+    scores,
 )
 
 import ccq_backend
@@ -74,6 +75,11 @@ class Settings:
     discard: bool
 
 
+def matrices_of(path: Path) -> frozenset[str]:
+    """Names of a model's tensors that are to have the type: all but embedding, output, norms and the like."""
+    return frozenset(source.name for source in free_matrices(sources_of(open_model(path)), QuantOptions("q8_0")))
+
+
 class Bench:
     """Makes what rows need when the first of them needs it, and the rows."""
 
@@ -104,9 +110,8 @@ class Bench:
 
     @cached_property
     def matrices(self) -> frozenset[str]:
-        """Names of the tensors that are to have the type: all but embedding, output, norms and the like."""
-        sources = sources_of(open_model(self.base_file))
-        return frozenset(source.name for source in free_matrices(sources, QuantOptions("q8_0")))
+        """See ``matrices_of``."""
+        return matrices_of(self.base_file)
 
     @cached_property
     def data(self) -> tuple[imatrix.Importance, Hessians]:
@@ -172,7 +177,6 @@ class Bench:
                 path, text, base_path=self.base_file, n_ctx=s.ctx, threads=s.threads, max_windows=s.windows
             )
         stock = f"llama-cpp-python {version('llama-cpp-python')}"
-        assert result.kld_mean is not None
         assert result.ppl_base is not None
         yield Row(
             model=self.label,
@@ -183,13 +187,7 @@ class Bench:
             matrix_bpw=8 * sum(t.nbytes for t in tensors) / weights,
             file_bpw=model.file_bpw,
             file_bytes=path.stat().st_size,
-            scored=result.scored,
-            ppl=result.ppl,
-            ppl_stderr=result.ppl_stderr,
-            kld=result.kld_mean,
-            kld_stderr=result.kld_stderr or 0.0,
-            kld_p99=result.kld_p99 or 0.0,
-            top1=result.top1 or 0.0,
+            **scores(result),
             cpu_seconds=1e6 * seconds / weights,
             made_by=stock if recipe.family == STOCK else f"ccq {version('ccq')}",
             note=note,
