@@ -71,11 +71,13 @@ class Tree:
         self.ik = (self.folder / FAMILIES["ik_llama.cpp"]).is_file()
         self.cli = "llama-cli" if self.ik else "llama-completion"
         self.emulator: list[str] = []
+        self.cwd: Path | None = None
+        """Where programs run: some write a log there."""
 
     def run(self, program: str, *args: object, code: int | None = 0) -> str:
         """Output of one of the tree's programs, both streams."""
         command = [*self.emulator, self.build / "bin" / program, *map(str, args)]
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600, cwd=self.cwd)
         said = result.stdout.decode(errors="replace")
         assert code is None or result.returncode == code, said[-4000:]
         return said
@@ -86,8 +88,10 @@ class Tree:
 
 
 @pytest.fixture(params=each([name for name in NAMES if name not in ARM], "make fork"), scope="module")
-def tree(request: pytest.FixtureRequest) -> Tree:
-    return Tree(request.param)
+def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    tree = Tree(request.param)
+    tree.cwd = tmp_path_factory.mktemp("cwd")
+    return tree
 
 
 @pytest.fixture(params=each(ARM, "make fork KIND=aarch64"), scope="module")
@@ -434,7 +438,7 @@ def server(tree: Tree, model: Path, log: Path) -> Iterator[str]:
     if tree.ik:
         # Its flash attention aborts at prompts of several slots in one batch, whatever the type: GGML_ASSERT(S > 0).
         command += ["--flash-attn", "off"]
-    with open(log, "wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
+    with open(log, "wb") as out, subprocess.Popen(command, stdout=out, stderr=out, cwd=tree.cwd) as process:
         try:
             for _ in range(300):
                 try:
