@@ -1,6 +1,6 @@
 """Calibration that a conversion does by itself: no file of few bits without data that says which weights matter.
 
-A conversion without ``--imatrix`` and ``--hessian`` to types under ``stream.NEEDS_DATA`` bits first runs the model in
+A conversion without ``--imatrix`` and ``--hessian`` to types under ``data.NEEDS_DATA`` bits first runs the model in
 llama.cpp on the text that comes with the package and collects importance; one to a target without losses measures
 these as well.  A model that is no GGUF file yet is first written as one, in the types that it has, beside the output,
 and removed again.  With ``resume`` the result is kept beside the unfinished output, for the run that goes on.
@@ -24,14 +24,20 @@ from ccq_format.gguf_io import Model, ModelWriter, open_model
 
 from . import imatrix
 from .calibrate import BUNDLED_TEXT, CalibrationOptions
-from .collect import BATCH, calibrate_gguf, free_memory
+from .collect import BATCH, calibrate_gguf
+from .console import format_bytes, progress_bar
+from .data import lacks_data
 from .evaluate import read_text
 from .hessian import Hessians
+from .host import free_memory
 from .imatrix import Importance
 from .losses import measure_losses
-from .plan import STOCK_TYPES, Plan, QuantOptions, TensorSource, format_bytes, make_plan
+from .options import QuantOptions
+from .plan import Plan, make_plan
 from .resume import job_of
-from .stream import lacks_data, progress_bar, write_model, write_planned
+from .stream import write_model, write_planned
+from .target_types import STOCK_TYPES
+from .tensors import TensorSource
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +221,7 @@ def _runnable(conversion: Conversion) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _AsStored:
-    """A ``plan.Scheme`` that keeps the types that GGUF has, and f32 in half the size."""
+    """A ``schemes.Scheme`` that keeps the types that GGUF has, and f32 in half the size."""
 
     types: dict[str, str]
 

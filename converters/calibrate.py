@@ -22,13 +22,13 @@ from ccq_format.gguf_io import ModelWriter
 from . import imatrix
 from .arch import Family, family_of
 from .backward import BackwardPass
+from .console import progress_bar
 from .evaluate import read_text
 from .forward import Collector, ForwardPass, model_tensors, product_shapes
 from .hessian import HessianWriter
 from .hf2gguf import load_sources
-from .plan import cpu_count
+from .host import cpu_count
 from .sources import open_checkpoint
-from .stream import progress_bar
 from .vocab import load_vocab
 
 BUNDLED_TEXT = Path(__file__).parent / "data" / "calibration.txt"

@@ -19,7 +19,9 @@ from ccq_format.errors import CcqError
 
 from . import hessian as hessians
 from . import imatrix as importance
-from .plan import KEEP, Plan, QuantOptions
+from .options import QuantOptions
+from .plan import Plan
+from .target_types import KEEP
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

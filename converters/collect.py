@@ -33,13 +33,13 @@ from ccq_format.gguf_io import ModelWriter
 
 from . import imatrix
 from .calibrate import CalibrationOptions, refuse_same_file
+from .console import progress_bar
 from .evaluate import read_text
 from .graph import Ggml, Node
 from .hessian import HessianWriter
+from .host import cpu_count, free_memory
 from .llama import LlamaModel, library, load_plugin_for
-from .plan import cpu_count
 from .rules import is_vocabulary, never_quantized
-from .stream import progress_bar
 
 BATCH = 512
 """Tokens that llama.cpp evaluates at a time; its logits buffer has room for as many, whether they are computed or
@@ -504,13 +504,3 @@ def _passes(inputs: list[_Input], memory: int) -> Iterator[_Pass]:
             done = stop
     if part:
         yield part
-
-
-def free_memory() -> int:
-    """The memory that is free, in bytes; 8 GiB where the system does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return 8 << 30
-    match = re.search(r"^MemAvailable:\s*(\d+) kB$", text, re.MULTILINE)
-    return int(match[1]) * 1024 if match else 8 << 30

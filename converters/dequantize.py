@@ -7,9 +7,12 @@ import os
 from ccq_format.errors import PlanError
 from ccq_format.gguf_io import open_model
 
-from .plan import COPIED_TYPES, Plan, PlannedTensor, QuantOptions, TensorSource, row_bytes
+from .options import QuantOptions
+from .plan import Plan, PlannedTensor
 from .quantize import refuse_same, source_of
 from .stream import write_planned
+from .target_types import COPIED_TYPES, row_bytes
+from .tensors import TensorSource
 
 
 def dequantize(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ccq_format import layouts
 from ccq_format.errors import ImportanceError, WeightsError
 
-from .plan import is_ccq
+from .target_types import is_ccq
 
 _F16_MAX = 65504.0
 _LARGEST = {"f16": _F16_MAX, "q8_0": _F16_MAX * 127, "q5_0": _F16_MAX * 16, "q4_0": _F16_MAX * 8} | {

@@ -34,9 +34,9 @@ from numpy.typing import NDArray
 from ccq_format.errors import EvalError
 
 from .base_record import BaseLogits, Packed, Recorder, packed
+from .console import progress_bar
+from .host import cpu_count
 from .llama import _N_BATCH, LlamaModel, load_plugin_for
-from .plan import cpu_count
-from .stream import progress_bar
 
 _CELLS = 1 << 16
 """Log-probabilities that a thread holds in float64 at a time: few enough for its cache, which takes 5 instead of 9

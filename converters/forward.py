@@ -24,8 +24,8 @@ from .arch import Family
 from .arch.base import resolve
 from .hessian import HessianWriter
 from .hf2gguf import make_source, row_order
-from .plan import TensorSource
 from .safetensors_io import Checkpoint
+from .tensors import TensorSource
 
 if TYPE_CHECKING:
     import torch

@@ -19,9 +19,11 @@ from ccq_format.errors import ModelError
 
 from .arch import Family, family_of
 from .arch.base import Part, Wanted, resolve
-from .plan import LoadRows, Plan, QuantOptions, TensorSource
+from .options import QuantOptions
+from .plan import Plan
 from .safetensors_io import Checkpoint, DecodedTensor, Weights
 from .sources import open_checkpoint
+from .tensors import LoadRows, TensorSource
 from .vocab import Vocab, load_vocab
 
 log = logging.getLogger(__name__)

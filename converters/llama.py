@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from ccq_format.errors import EvalError
 from ccq_format.gguf_io import open_model
 
+from .host import cpu_count
 from .imatrix import Importance
-from .plan import cpu_count
 
 log = logging.getLogger(__name__)
 

@@ -37,9 +37,9 @@ from .evaluate import log_softmax
 from .graph import Ggml, Node
 from .imatrix import Importance
 from .llama import load_plugin_for
-from .plan import EXPERTS
 from .quantize import decode_rows
 from .rules import is_vocabulary, never_quantized
+from .tensors import EXPERTS
 
 WINDOW = 64
 """Tokens per window; ``BATCH // WINDOW`` windows, spread over the text, are what the divergence is measured on, in the

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from ccq_format.errors import OutputError, TensorTypeError
 from ccq_format.gguf_io import Model, TensorInfo, open_model
 
-from .plan import COPIED_TYPES, PLAIN_TYPES, Plan, QuantOptions, TensorSource
+from .options import QuantOptions
+from .plan import Plan
+from .target_types import COPIED_TYPES, PLAIN_TYPES
+from .tensors import TensorSource
 
 
 def quantize(

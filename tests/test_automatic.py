@@ -15,7 +15,7 @@ from ccq_converters import automatic, collect, losses, stream
 from ccq_converters.calibrate import BUNDLED_TEXT
 from ccq_converters.cli import main
 from ccq_converters.hf2gguf import convert
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_format.gguf_io import open_model
 
 from .test_collect import EXAMPLE

@@ -23,7 +23,7 @@ from ccq_converters.calibrate import CalibrationOptions, calibrate, load_windows
 from ccq_converters.cli import main
 from ccq_converters.hessian import Hessians
 from ccq_converters.hf2gguf import convert
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_format.errors import EvalError, ImportanceError, ModelError, OutputError
 from ccq_format.gguf_io import open_model
 

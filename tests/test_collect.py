@@ -26,7 +26,7 @@ from ccq_converters.collect import calibrate_gguf
 from ccq_converters.dequantize import dequantize
 from ccq_converters.hessian import Hessians
 from ccq_converters.hf2gguf import convert
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_format.errors import EvalError, ImportanceError, ModelError, OutputError
 from ccq_format.gguf_io import open_model
 

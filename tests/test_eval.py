@@ -27,9 +27,10 @@ from ccq_converters import base_record, evaluate, hf2gguf, llama
 from ccq_converters.cli import main
 from ccq_converters.continuation import continuations
 from ccq_converters.dequantize import dequantize
-from ccq_converters.plan import QuantOptions, TensorSource
+from ccq_converters.options import QuantOptions
 from ccq_converters.quantize import quantize, sources_of
 from ccq_converters.stream import write_model
+from ccq_converters.tensors import TensorSource
 from ccq_format.errors import EvalError, InputError
 from ccq_format.gguf_io import open_model
 

@@ -12,7 +12,7 @@ import transformers
 
 from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 
 from .upstream_diff.models import CASES, EXAMPLE, EXTRA_CASES, FAMILY_CASES, Case, build
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from ccq_converters.arch.config import Config
 from ccq_converters.arch.rope import Rope
 from ccq_converters.hf2gguf import convert
-from ccq_converters.plan import Plan, QuantOptions
+from ccq_converters.options import QuantOptions
+from ccq_converters.plan import Plan
 from ccq_format.gguf_io import open_model
 
 from .upstream_diff.models import EXAMPLE, GPT_OSS, LLAMA3_ROPE, MOE, QWEN_MOE, Case, build

@@ -24,7 +24,8 @@ from measurements import (
 )
 
 from ccq_converters.llama import STOCK_FILE_TYPES
-from ccq_converters.plan import QuantOptions, parse_type
+from ccq_converters.options import QuantOptions
+from ccq_converters.target_types import parse_type
 from ccq_format.errors import EvalError
 
 ROOT = Path(__file__).resolve().parent.parent

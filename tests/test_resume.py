@@ -24,7 +24,7 @@ from ccq_converters import stream
 from ccq_converters.cli import main
 from ccq_converters.hessian import HessianWriter
 from ccq_converters.imatrix import Entry, Importance, fill
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_converters.resume import job_of
 from ccq_format import _writer
 from ccq_format.gguf_io import ModelWriter

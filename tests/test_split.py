@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from ccq_converters import hf2gguf, stream
 from ccq_converters.cli import main
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_format.errors import CcqError, HeaderError, InputError
 from ccq_format.gguf_io import ModelWriter, SplitWriter, open_model, part_path
 

@@ -11,7 +11,7 @@ from sentencepiece import sentencepiece_model_pb2 as spm
 
 from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_converters.vocab import load_vocab
 from ccq_format.errors import ModelError
 

@@ -46,7 +46,7 @@ from ccq_converters.calibrate import BUNDLED_TEXT, CalibrationOptions
 from ccq_converters.collect import calibrate_file
 from ccq_converters.dequantize import dequantize
 from ccq_converters.hessian import Hessians
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_converters.quantize import quantize
 from ccq_format.errors import CcqError, EvalError, PlanError
 from ccq_format.gguf_io import open_model

@@ -27,7 +27,7 @@ from ccq_converters import hf2gguf, imatrix
 from ccq_converters.dequantize import dequantize
 from ccq_converters.inspect import inspect
 from ccq_converters.integrate import FAMILIES
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_converters.quantize import quantize, sources_of
 from ccq_converters.stream import write_model as write_file
 from ccq_format.errors import TensorTypeError

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ccq_converters.hf2gguf import convert
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_format.gguf_io import Model, open_model
 
 from .fetch import source_tree

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 
 from .fetch import source_tree
 from .models import Case, build
