@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def format_bytes(n: int) -> str:
@@ -18,6 +20,9 @@ def format_bytes(n: int) -> str:
 
 def progress_bar(wanted: bool) -> Progress:
     """A progress bar on stderr that goes away when it is done, or nothing at all where stderr is no terminal."""
+    from rich.console import Console  # what shows no progress starts faster without
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     console = Console(stderr=True)
     return Progress(
