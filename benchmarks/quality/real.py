@@ -95,11 +95,12 @@ def recipes() -> Iterator[Recipe]:
         yield Recipe(f"ccq_{share:g}x_{of}", TARGETS, HESSIAN, of=of, share=share)
     for setting, names in (
         (IMATRIX, ("t2", "t3", "t2_5", "t1_5")),
-        (HESSIAN, ("t2", "t3", "t2_5", "t1_5")),
+        (HESSIAN, ("t2", "t3", "t2_5", "t1_5", "t1")),
         (NONE, ("t2", "t3")),
     ):
-        yield from (Recipe(f"ccq_{name}", T_TYPES, setting, {"type": f"ccq_{name}"}) for name in names)
-    for name in ("q2_k", "iq2_s", "iq3_s", "iq2_xxs", "iq3_xxs", "q3_k"):
+        for name in names:  # no fallback: SmolLM2's rows of 576 are no whole blocks of CCQ_T1
+            yield Recipe(f"ccq_{name}", T_TYPES, setting, {"type": f"ccq_{name}", "fallback": False})
+    for name in ("q2_k", "iq2_s", "iq3_s", "iq2_xxs", "iq3_xxs", "q3_k", "iq1_s", "iq1_m"):
         yield Recipe(f"{name}_padded", STOCK_PADDED, IMATRIX)
     for name in ("iq2_kt", "iq3_kt", "iq2_k", "iq2_kl"):
         yield Recipe(f"{name}_padded", IK_PADDED, IMATRIX)
