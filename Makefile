@@ -38,7 +38,8 @@ bench: .venv/.llama ## kernels alone, then tokens per second in llama.cpp, all t
 quality-real: .venv/.llama ## SmolLM2-135M and Gemma 3 270M in every type, beside llama.cpp and ik_llama.cpp (hours; goes on where it stopped)
 	$(INSTALL) '.[bench]'
 	for model in smollm2-135m gemma3-270m; do \
-		$(BIN)/python benchmarks/quality/real.py $$model --csv benchmarks/results/quality-$$model.csv --readme README.md || exit 1; \
+		$(BIN)/python benchmarks/quality/real.py $$model --csv benchmarks/results/quality-$$model.csv --sizes README.md \
+			--widths docs/quality.md || exit 1; \
 	done
 
 TREE ?= llama-cpp-python

@@ -352,7 +352,8 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=Path.home() / ".cache" / "ccq", help="for all files  [~/.cache/ccq]"
     )
-    parser.add_argument("--readme", type=Path, help="Markdown file to put the tables in, between their marks")
+    parser.add_argument("--sizes", type=Path, help="Markdown file to put the table by size in, between its marks")
+    parser.add_argument("--widths", type=Path, help="Markdown file to put the table by width in, between its marks")
     parser.add_argument("--only", default="", metavar="REGEX", help="only these of SETTING/TYPE, as imatrix/ccq_t2")
     parser.add_argument("--again", action="store_true", help="also files whose row is there")
     parser.add_argument("--effort", default="default", choices=ccq_backend.EFFORTS, help="of the encoder")
@@ -384,9 +385,9 @@ def main() -> None:
     except CcqError as error:
         raise SystemExit(f"Error: {error}") from None
     sizes, widths = by_size(table.rows), by_width(table.rows)
-    if args.readme is not None:
-        embed(args.readme, f"size-{args.model}", sizes)
-        embed(args.readme, f"width-{args.model}", widths)
+    for path, name, content in ((args.sizes, "size", sizes), (args.widths, "width", widths)):
+        if path is not None:
+            embed(path, f"{name}-{args.model}", content)
     click.echo(f"\n{sizes}\n\n{widths}")
 
 
