@@ -1,6 +1,6 @@
 """The plugin in other people's llama.cpp (``make test-hosts``): Debian's newest, with each of its CPU backends that
-this machine runs, the newest build on the package index, the release of llama-cpp-python before the pinned one, and a fork
-that must be left alone.
+this machine runs, the newest build on the package index, the release of llama-cpp-python before the pinned one, and
+a fork that must be left alone.
 
 What they write is compared with what the llama.cpp writes that the rest of the tests use.  Each test that meets a host
 prints which (``-rP`` shows it).
