@@ -30,6 +30,7 @@ from threadpoolctl import threadpool_limits
 
 from ccq_format.errors import ImportanceError, ModelError
 from ccq_format.gguf_io import ModelWriter
+from ccq_format.output import OutputFile
 
 from . import imatrix
 from .calibrate import CalibrationOptions, refuse_same_file
@@ -254,12 +255,12 @@ def calibrate_gguf(
     *,
     file: str = "",
     datasets: Sequence[str] = (),
-    hessian: Path | None = None,
+    hessian: Path | OutputFile | None = None,
     advance: Advance | None = None,
 ) -> imatrix.Importance:
     """The importance of the input channels of all matrices of a GGUF model, measured on a text or on tokens.
 
-    Nothing is written but, if a path is given, the Hessian file ``hessian``, which appears when it is complete.
+    Nothing is written but, if given, the Hessian file ``hessian``, as ``HessianWriter`` does.
     ``file`` and ``datasets`` are what the result is to say of itself.  Text is tokenized as for llama.cpp's tools, with
     the special tokens at its ends that the vocabulary asks for; tokens are taken as they are.  Either way the first of
     each window becomes BOS where the vocabulary adds one.  An interrupt ends the calibration at the next matrix.

@@ -410,17 +410,6 @@ def test_targets_are_checked(tmp_path: Path) -> None:
     assert names(tmp_path) == ["late.gguf", "old.gguf"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk_is_an_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = ModelWriter(tmp_path / "a.gguf", "llama")
-    monkeypatch.setattr(out, "_temporary", Path("/dev/full"))
-    monkeypatch.setattr(os, "unlink", lambda path: None)  # never the device
-    out.add_tensor("a", "f32", (4,))
-    with pytest.raises(OutputError, match=r"a\.gguf: No space left on device"):
-        out.begin()
-    out.abort()
-
-
 def test_memory_is_that_of_a_chunk(tmp_path: Path) -> None:
     """32 MiB of tensors in chunks of 256 KiB: writing and reading them stay below 4 MiB."""
     chunk = np.random.default_rng(0).integers(0, 256, (256, 1088 - 1088 % 17), dtype=np.uint8)
