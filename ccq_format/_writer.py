@@ -121,6 +121,11 @@ class ModelWriter(Output):
         """Whether the ``ccq.*`` keys are written: as soon as a CCQ tensor is declared."""
 
     @property
+    def files(self) -> list[Path]:
+        """The file that will appear."""
+        return [self.path]
+
+    @property
     def completed(self) -> int:
         """How many tensors, the first ones, are in the file."""
         return self._current

@@ -16,14 +16,14 @@ import secrets
 import stat
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, TypeVar
 
 from .errors import CcqWarning, OutputError
 
-__all__ = ["Output", "OutputFile", "Scratch"]
+__all__ = ["Output", "OutputFile", "Scratch", "refuse_inputs"]
 
 _O = TypeVar("_O", bound="Output")
 
@@ -228,6 +228,21 @@ class Scratch(OutputFile):
 
     def __exit__(self, *_: object) -> None:
         super().abort()
+
+
+def refuse_inputs(outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise ``OutputError`` if an output would replace a file that is read, under whatever name; files that do not
+    exist count as none."""
+    files = {}
+    for path in inputs:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            files[status.st_dev, status.st_ino] = path
+    for path in outputs:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in files:
+                raise OutputError("input and output are the same file", file=path)
 
 
 def _by_descriptor(descriptor: int) -> Path:

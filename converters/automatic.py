@@ -20,7 +20,7 @@ import gguf
 
 from ccq_format.errors import CcqError, EvalError
 from ccq_format.gguf_io import Model, ModelWriter, open_model
-from ccq_format.output import OutputFile, Scratch
+from ccq_format.output import OutputFile, Scratch, refuse_inputs
 
 from . import imatrix
 from .calibrate import BUNDLED_TEXT, CalibrationOptions
@@ -31,7 +31,7 @@ from .imatrix import Importance
 from .losses import measure_losses
 from .plan import STOCK_TYPES, Plan, QuantOptions, TensorSource, format_bytes, make_plan
 from .resume import job_of
-from .stream import lacks_data, progress_bar, write_model, write_planned
+from .stream import data_files, lacks_data, progress_bar, write_model, write_planned
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class Conversion:
 def write_calibrated(conversion: Conversion, options: QuantOptions) -> Plan:
     """Plan and write the file, with the data that :func:`calibrated` adds.  Raises what that and
     ``stream.write_model`` do."""
+    if not options.dry_run:
+        refuse_inputs([conversion.out], [*conversion.files, *data_files(options)])
     with calibrated(conversion, options) as options:
         return write_model(
             conversion.out,

@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ccq_format.errors import ImportanceError, ModelError
-from ccq_format.gguf_io import ModelWriter
+from ccq_format.gguf_io import ModelWriter, open_model
 from ccq_format.output import OutputFile
 
 from . import imatrix
-from .calibrate import CalibrationOptions, refuse_same_file
+from .calibrate import CalibrationOptions, check_outputs
 from .evaluate import read_text
 from .graph import Ggml, Node
 from .hessian import HessianWriter
@@ -300,7 +300,7 @@ def calibrate_file(
     options = options or CalibrationOptions()
     if options.losses:
         options = replace(options, process_output=True)  # it may get few bits then
-    refuse_same_file(out, hessian)
+    check_outputs(out, hessian, [*open_model(model_path).files, text_path])
     text = read_text(text_path)
     with ModelWriter(out, "", overwrite=options.overwrite) as writer, progress_bar(progress) as bar:
         task = bar.add_task("calibrating", total=None)

@@ -20,7 +20,7 @@ from ccq_format import layouts
 from ccq_format._partial import partial_path
 from ccq_format.errors import CcqError, ImportanceError, PlanError
 from ccq_format.gguf_io import Model, ModelWriter, SplitWriter
-from ccq_format.output import OutputFile
+from ccq_format.output import OutputFile, refuse_inputs
 
 from . import borrow
 from .allocate import Overhead, allocate, compared, spare
@@ -255,6 +255,8 @@ def write_planned(
     try:
         with writer:
             _declare(writer, plan, options, set_metadata, copy_from)
+            writer.begin()
+            refuse_inputs(writer.files, [*files, *data_files(options)])
             _write_tensors(writer, plan, options, progress)
     except BaseException as error:
         if writer.kept or writer.kept_bytes:
@@ -266,8 +268,12 @@ def write_planned(
         raise
 
 
+def data_files(options: QuantOptions) -> list[str]:
+    """The importance and Hessian files of a conversion."""
+    return [data.file for data in (options.imatrix, options.hessian) if data is not None]
+
+
 def _write_tensors(writer: Writer, plan: Plan, options: QuantOptions, progress: bool) -> None:
-    writer.begin()
     done, left = plan.tensors[: writer.completed], plan.tensors[writer.completed :]
     # An interrupted job may have stopped inside a tensor, behind whole rows of it.
     start = writer.written * left[0].source.rows // left[0].nbytes if writer.written else 0
