@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ import gguf
 
 from ccq_format.errors import CcqError, EvalError
 from ccq_format.gguf_io import Model, ModelWriter, open_model
+from ccq_format.output import OutputFile, Scratch, refuse_inputs
 
 from . import imatrix
 from .calibrate import BUNDLED_TEXT, CalibrationOptions
@@ -35,7 +35,7 @@ from .losses import measure_losses
 from .options import QuantOptions
 from .plan import Plan, make_plan
 from .resume import job_of
-from .stream import write_model, write_planned
+from .stream import data_files, write_model, write_planned
 from .target_types import STOCK_TYPES
 from .tensors import TensorSource
 
@@ -79,6 +79,8 @@ class Conversion:
 def write_calibrated(conversion: Conversion, options: QuantOptions) -> Plan:
     """Plan and write the file, with the data that :func:`calibrated` adds.  Raises what that and
     ``stream.write_model`` do."""
+    if not options.dry_run:
+        refuse_inputs([conversion.out], [*conversion.files, *data_files(options)])
     with calibrated(conversion, options) as options:
         return write_model(
             conversion.out,
@@ -108,7 +110,7 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
         log.info("%s", _WOULD)
         yield options
         return
-    ModelWriter(conversion.out, "", overwrite=options.overwrite).abort()  # refuses a target before the work
+    OutputFile(conversion.out, overwrite=options.overwrite)  # refuses a target before the work
     if options.resume:
         kept = _Kept(conversion, options, wanted)
         if (found := kept.load(options)) is None:
@@ -118,12 +120,10 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
         yield found
         kept.remove()
         return
-    hessians = _beside(conversion.out, "hessian")
-    try:
+    with Scratch(conversion.out) as hessians:
         data = _measured(conversion, options, wanted, hessians)
-        yield replace(options, imatrix=data, hessian=Hessians(hessians) if wanted.hessians else options.hessian)
-    finally:
-        hessians.unlink(missing_ok=True)
+        products = Hessians(hessians.reachable) if wanted.hessians else options.hessian
+        yield replace(options, imatrix=data, hessian=products)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,9 @@ def _wanted(sources: list[TensorSource], options: QuantOptions) -> _Wanted:
     return _Wanted(data is None, data is None or not data.knows_losses, hessians)
 
 
-def _measured(conversion: Conversion, options: QuantOptions, wanted: _Wanted, hessians: Path) -> Importance:
+def _measured(
+    conversion: Conversion, options: QuantOptions, wanted: _Wanted, hessians: Path | OutputFile
+) -> Importance:
     if find_spec("llama_cpp") is None:
         raise EvalError(f"calibration needs llama-cpp-python (pip install '.[llama]'); or {_OTHERWISE}")
     text = read_text(BUNDLED_TEXT)
@@ -190,33 +192,24 @@ def _measured(conversion: Conversion, options: QuantOptions, wanted: _Wanted, he
     return data
 
 
-def _beside(out: Path, what: str) -> Path:
-    """A hidden name in the folder of ``out`` that no file has."""
-    return out.with_name(f".{out.name}.{secrets.token_hex(4)}.{what}.tmp")
-
-
 @contextmanager
 def _runnable(conversion: Conversion) -> Iterator[Path]:
     """A GGUF file of the model, removed afterwards if it had to be written."""
     if conversion.runnable is not None:
         yield conversion.runnable
         return
-    path = _beside(conversion.out, "model")
-    try:
+    with Scratch(conversion.out) as file:
         options = QuantOptions("bf16")
         plan = make_plan(conversion.sources, options, _AsStored({s.name: s.source_type for s in conversion.sources}))
         write_planned(
-            path,
+            file,
             plan,
             arch=conversion.arch,
             options=options,
             set_metadata=conversion.set_metadata,
             progress=conversion.progress,
         )
-        yield path
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+        yield file.reachable
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ passes through the model are those of ``forward`` and ``backward``, their tempor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from ccq_format.errors import ImportanceError, ModelError
 from ccq_format.gguf_io import ModelWriter
+from ccq_format.output import refuse_inputs
 
 from . import imatrix
 from .arch import Family, family_of
@@ -79,6 +81,7 @@ def calibrate(
     torch, transformers = _packages(model_dir)
     if not model_dir.is_dir():
         raise ModelError("no such folder", file=model_dir)
+    check_outputs(out, hessian, [*model_dir.iterdir(), text_path])
     family = family_of(model_dir)
     if not family.spec.calibrates:
         raise ModelError(
@@ -97,7 +100,6 @@ def calibrate(
         writer = stack.enter_context(ModelWriter(out, "", overwrite=options.overwrite))
         products = None
         if hessian is not None:
-            refuse_same_file(out, hessian)
             products = stack.enter_context(HessianWriter(hessian, shapes, shared, overwrite=options.overwrite))
             products.begin()
         windows = load_windows(model_dir, family, text_path, options.ctx, options.chunks)
@@ -118,10 +120,11 @@ def calibrate(
     return result
 
 
-def refuse_same_file(out: Path, hessian: Path | None) -> None:
-    """Raise ``ImportanceError`` if both results are to be one file."""
+def check_outputs(out: Path, hessian: Path | None, inputs: Iterable[str | Path]) -> None:
+    """Raise ``ImportanceError`` if both results are to be one file, ``OutputError`` if one is a file that is read."""
     if hessian is not None and hessian.absolute() == out.absolute():
         raise ImportanceError("is to hold both the importance and the Hessians", file=out)
+    refuse_inputs([out] if hessian is None else [out, hessian], inputs)
 
 
 def _run(forward: ForwardPass, options: CalibrationOptions, progress: bool) -> None:

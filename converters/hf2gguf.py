@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccq_format.errors import ModelError
+from ccq_format.output import refuse_inputs
 
 from .arch import Family, family_of
 from .arch.base import Part, Wanted, resolve
@@ -67,6 +68,8 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
             writer.add_array(f"{family.arch_name}.residual_order", checkpoint.residual_order)
 
     files = [model_dir / "config.json", *checkpoint.files]
+    if not options.dry_run:
+        refuse_inputs([out], (path for path in model_dir.iterdir() if path.suffix != ".gguf"))  # tokenizers, ...
     conversion = Conversion(Path(out), family.arch_name, sources, files, set_metadata, progress=progress)
     return write_calibrated(conversion, options)
 

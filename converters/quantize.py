@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ccq_format.errors import OutputError, TensorTypeError
+from ccq_format.errors import TensorTypeError
 from ccq_format.gguf_io import Model, TensorInfo, open_model
 
 from .options import QuantOptions
@@ -38,20 +38,12 @@ def quantize(
     from .automatic import Conversion, write_calibrated  # which needs this module
 
     model = open_model(in_path)
-    if not options.dry_run:
-        refuse_same(model, out_path)
     sources = sources_of(model, allow_requantize)
     files = [Path(file) for file in model.files]
     conversion = Conversion(
         Path(out_path), model.arch, sources, files, copy_from=model, runnable=Path(in_path), progress=progress
     )
     return write_calibrated(conversion, options)
-
-
-def refuse_same(model: Model, out_path: str | os.PathLike[str]) -> None:
-    """Raise ``OutputError`` if the output is a file of the model that is read."""
-    if os.path.exists(out_path) and any(os.path.samefile(file, out_path) for file in model.files):
-        raise OutputError("input and output are the same file", file=out_path)
 
 
 SOURCE_TYPES = (*PLAIN_TYPES, "mxfp4", "nvfp4")

@@ -18,6 +18,7 @@ from ccq_format import layouts
 from ccq_format._partial import partial_path
 from ccq_format.errors import CcqError, ImportanceError
 from ccq_format.gguf_io import Model, ModelWriter, SplitWriter
+from ccq_format.output import OutputFile, refuse_inputs
 
 from . import borrow
 from .allocate import Overhead, allocate, compared, spare
@@ -117,7 +118,7 @@ def _sized(options: QuantOptions, sources: list[TensorSource]) -> QuantOptions:
 
 
 def write_planned(
-    out_path: str | os.PathLike[str],
+    out_path: str | os.PathLike[str] | OutputFile,
     plan: Plan,
     *,
     arch: str,
@@ -127,31 +128,37 @@ def write_planned(
     copy_from: Model | None = None,
     files: Sequence[Path] = (),
 ) -> None:
-    """Write what ``plan`` says; the arguments are those of :func:`write_model`."""
-    job = None
-    if options.resume:
-        job = job_of(options, files)
-    elif partial_path(out_path).exists():
-        log.warning("%s: left as it is; only --resume goes on with it", partial_path(out_path))
-    writer: Writer = ModelWriter(out_path, arch, overwrite=options.overwrite, job=job)
-    if options.split_max_size is not None:
+    """Write what ``plan`` says; the arguments are those of :func:`write_model`, and ``out_path`` may be an
+    ``OutputFile`` that is not open yet."""
+    job = job_of(options, files) if options.resume else None
+    if options.split_max_size is None or isinstance(out_path, OutputFile):
+        writer: Writer = ModelWriter(out_path, arch, overwrite=options.overwrite, job=job)
+    else:
         writer = SplitWriter(out_path, arch, options.split_max_size, overwrite=options.overwrite, job=job)
+    if job is None and not isinstance(out_path, OutputFile) and (kept := partial_path(writer.path)).exists():
+        log.warning("%s: left as it is; only --resume goes on with it", kept)
     try:
         with writer:
             _declare(writer, plan, options, set_metadata, copy_from)
+            writer.begin()
+            refuse_inputs(writer.files, [*files, *data_files(options)])
             _write_tensors(writer, plan, options, progress)
     except BaseException as error:
         if writer.kept or writer.kept_bytes:
             part = f" and {format_bytes(writer.kept_bytes)} of the next" if writer.kept_bytes else ""
-            kept = f"{writer.kept} of {len(plan.tensors)} tensors{part} are kept; the same command goes on from there"
+            done = f"{writer.kept} of {len(plan.tensors)} tensors{part} are kept; the same command goes on from there"
             if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(kept) from None
-            log.warning("%s: %s", out_path, kept)
+                raise KeyboardInterrupt(done) from None
+            log.warning("%s: %s", writer.path, done)
         raise
 
 
+def data_files(options: QuantOptions) -> list[str]:
+    """The importance and Hessian files of a conversion."""
+    return [data.file for data in (options.imatrix, options.hessian) if data is not None]
+
+
 def _write_tensors(writer: Writer, plan: Plan, options: QuantOptions, progress: bool) -> None:
-    writer.begin()
     done, left = plan.tensors[: writer.completed], plan.tensors[writer.completed :]
     # An interrupted job may have stopped inside a tensor, behind whole rows of it.
     start = writer.written * left[0].source.rows // left[0].nbytes if writer.written else 0

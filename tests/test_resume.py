@@ -26,7 +26,7 @@ from ccq_converters.hessian import HessianWriter
 from ccq_converters.imatrix import Entry, Importance, fill
 from ccq_converters.options import QuantOptions
 from ccq_converters.resume import job_of
-from ccq_format import _writer
+from ccq_format import _writer, output
 from ccq_format.gguf_io import ModelWriter
 
 from .cli_common import without_advice, without_calibration
@@ -275,7 +275,7 @@ def test_only_the_renaming_is_left(
 ) -> None:
     expected = whole(source, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        patch.setattr(output, "_rename", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
         result = run(*command(source, folder))
     assert result.exit_code == 1
     assert "5 of 5 tensors are kept" in result.stderr
