@@ -148,10 +148,15 @@ def make_source(name: str, wanted: Wanted, checkpoint: Checkpoint) -> TensorSour
     types = sorted({segment.tensor.type_name for segment in segments})
     load = _stacked([(segment.rows, segment.count) for segment in segments])
     raw = None
-    if len(types) == 1 and not wanted.heads and not wanted.shift and all(segment.has_raw for segment in segments):
+    changed = wanted.heads or wanted.shift or wanted.columns is not None or wanted.apply is not None
+    if len(types) == 1 and not changed and all(segment.has_raw for segment in segments):
         raw = _stacked([(segment.raw, segment.count) for segment in segments])
     if wanted.heads:
         load = _interleaved(load, wanted.shape, wanted.heads)
+    if wanted.columns is not None:
+        load = _swapped(load, wanted.shape[-1], *wanted.columns)
+    if wanted.apply is not None:
+        load = _applied(load, wanted.apply)
     if wanted.shift:
         load = _shifted(load, wanted.shift)
     return TensorSource(name, wanted.shape, load, types[0] if len(types) == 1 else "f32", raw)
@@ -211,6 +216,16 @@ def _stacked(segments: list[tuple[Callable[[int, int], NDArray[_T]], int]]) -> C
 def _shifted(load: LoadRows, shift: float) -> LoadRows:
     """Rows with a number added, as the model's own code does it."""
     return lambda start, stop: load(start, stop) + np.float32(shift)
+
+
+def _applied(load: LoadRows, apply: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> LoadRows:
+    return lambda start, stop: apply(load(start, stop))
+
+
+def _swapped(load: LoadRows, columns: int, outer: int, inner: int) -> LoadRows:
+    """Columns seen as ``[outer, inner, ..]``, in the order ``[inner, outer, ..]``."""
+    order = np.arange(columns).reshape(outer, inner, -1).swapaxes(0, 1).reshape(-1)
+    return lambda start, stop: load(start, stop)[:, order]
 
 
 def row_order(rows: int, heads: int) -> NDArray[np.int64]:

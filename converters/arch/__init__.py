@@ -21,6 +21,7 @@ from .llama import GRANITE, LLAMA, MISTRAL, MIXTRAL, SMOLLM3
 from .olmo import OLMO2, OLMOE
 from .phi import PHI3
 from .qwen import QWEN2, QWEN3, QWEN3_MOE
+from .qwen_next import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
 FAMILIES: dict[str, Spec] = {
     spec.architecture: spec
@@ -33,6 +34,9 @@ FAMILIES: dict[str, Spec] = {
         QWEN2,
         QWEN3,
         QWEN3_MOE,
+        QWEN3_NEXT,
+        QWEN3_5,
+        QWEN3_5_MOE,
         GEMMA3,
         PHI3,
         OLMO2,

@@ -62,7 +62,14 @@ CONFIG_CLASSES: dict[str, Callable[..., Any]] = {
     "gpt_oss": transformers.GptOssConfig,
     "deepseek_v2": transformers.DeepseekV2Config,
     "deepseek_v3": transformers.DeepseekV3Config,
+    "qwen3_next": transformers.Qwen3NextConfig,
+    "qwen3_5": transformers.Qwen3_5TextConfig,
+    "qwen3_5_moe": transformers.Qwen3_5MoeTextConfig,
+    "llama4": transformers.Llama4TextConfig,
 }
+SHIFTED = ("gemma3_text", "qwen3_next", "qwen3_5", "qwen3_5_moe")
+"""Families whose norms multiply by 1 + weight."""
+
 SPM_FAMILIES = ("llama", "mistral", "mixtral")
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -132,6 +139,18 @@ LATENT = {
 }
 GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
 LATENT_YARN = {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}
+DELTA_NET = {
+    "rms_norm_eps": 1e-6,  # as in the real ones: llama.cpp also normalizes heads with it, transformers with 1e-6
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+DELTA_MOE = {**DELTA_NET, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DELTA_MOE |= {"shared_expert_intermediate_size": 48}
+MROPE = {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
 GEMMA_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
@@ -196,6 +215,21 @@ FAMILY_CASES = [
         },
     ),
     Case("deepseek-v3", "deepseek_v3", {**LATENT, **GROUPS}, torch.bfloat16),
+    Case("qwen3-next", "qwen3_next", {**DELTA_MOE}),
+    Case("qwen3-next-fused", "qwen3_next", {**DELTA_MOE, "linear_num_value_heads": 6}, fused=True),
+    Case("qwen3_5", "qwen3_5", {**DELTA_NET, "rope_parameters": MROPE, "tie_word_embeddings": True}),
+    Case(
+        "qwen3_5-equal-heads",
+        "qwen3_5",
+        {
+            **DELTA_NET,
+            "linear_num_key_heads": 4,
+            "layer_types": ["full_attention", *["linear_attention"] * 3],
+            "rope_parameters": MROPE,
+        },
+        torch.bfloat16,
+    ),
+    Case("qwen3_5-moe", "qwen3_5_moe", {**DELTA_MOE, "linear_num_value_heads": 6, "rope_parameters": MROPE}),
     Case("deepseek-v3-yarn", "deepseek_v3", {**LATENT, **GROUPS, "rope_parameters": LATENT_YARN}),
 ]
 """The other families, one or two cases each."""
@@ -234,7 +268,8 @@ def build(case: Case, folder: Path, vocab_size: int | None = None) -> None:
             # Large enough that attention is far from uniform and that every norm and bias counts.
             scale = 0.3 if name.endswith(("norm.weight", ".bias")) else 2.0 / weight.shape[-1] ** 0.5
             weight.normal_(0.0, scale)
-            if name.endswith("norm.weight") and case.family != "gemma3_text":  # its code adds the 1
+            shifted = case.family in SHIFTED and not name.endswith("linear_attn.norm.weight")  # their code adds the 1
+            if name.endswith("norm.weight") and not shifted:
                 weight.add_(1.0)
             elif name.endswith("post_feedforward_layernorm.weight"):
                 weight.sub_(0.9)  # ggml's GELU is a table of half-precision numbers: its part must be small
