@@ -19,6 +19,7 @@ from ccq_format.errors import ModelError
 
 from .arch import Family, family_of
 from .arch.base import Part, Wanted, resolve
+from .arch.multimodal import OTHERS
 from .plan import LoadRows, Plan, QuantOptions, TensorSource
 from .safetensors_io import Checkpoint, DecodedTensor, Weights
 from .sources import open_checkpoint
@@ -92,13 +93,25 @@ def load_sources(family: Family, checkpoint: Checkpoint) -> list[TensorSource]:
     for name, wanted in resolve(family, stored):
         sources.append(make_source(name, wanted, checkpoint))
         used.update(part.name for part in wanted.parts)
+    others = 0
     for tensor in checkpoint:
-        if tensor.name not in used and not family.is_ignored(tensor.name):
-            raise ModelError(
-                f"is unexpected: a {family.architecture} with this config has no such tensor",
-                file=tensor.path,
-                tensor=tensor.name,
-            )
+        if tensor.name in used or family.is_ignored(tensor.name):
+            continue
+        if family.wrapper is not None and OTHERS.match(tensor.name):
+            others += 1
+            continue
+        raise ModelError(
+            f"is unexpected: a {family.wrapper or family.architecture} with this config has no such tensor",
+            file=tensor.path,
+            tensor=tensor.name,
+        )
+    if others:
+        log.info(
+            "the text model of a %s is taken; %d tensors for images or sound are left out (llama.cpp's "
+            "convert_hf_to_gguf.py --mmproj makes a file of them)",
+            family.wrapper,
+            others,
+        )
     for name, values in family.rope.factors(family.rotary_dim).items():
         sources.append(_constant(name, values))
     return sources

@@ -150,7 +150,8 @@ class Spec:
     head_dim_always: bool = False
     """Whether the config class fills in the size of heads: the file names it even if it is ``hidden / heads``."""
     width: str | None = "intermediate_size"
-    """The config's key for the width of dense feed-forward networks; ``None``: the model has none."""
+    """The config's key for the width of dense feed-forward networks; ``None``: no layer has one, and the config may
+    leave ``intermediate_size`` out."""
     tied: bool = False
     """Whether the output matrix is the embedding if the config does not say."""
     norm_shift: float = 0.0
@@ -178,17 +179,17 @@ class Spec:
 
 
 class Family:
-    """A family for one model's configuration.
+    """A family for one model's configuration; ``wrapper`` is the architecture that the text model is a part of.
 
     Raises ``ModelError`` on construction for anything in the configuration that llama.cpp would silently ignore.
     """
 
-    def __init__(self, spec: Spec, config: Config) -> None:
-        self.spec, self.config = spec, config
+    def __init__(self, spec: Spec, config: Config, *, wrapper: str | None = None) -> None:
+        self.spec, self.config, self.wrapper = spec, config, wrapper
         self.layers = config.integer("num_hidden_layers")
         self.context = config.integer("max_position_embeddings")
         self.hidden = config.integer("hidden_size")
-        self.intermediate = config.integer(spec.width) if spec.width is not None else 0
+        self.intermediate = config.integer(spec.width) if spec.width is not None else config.count("intermediate_size")
         self.vocab_size = config.integer("vocab_size")
         self.heads = config.integer("num_attention_heads")
         self.kv_heads = config.integer("num_key_value_heads", default=self._default_kv_heads())

@@ -109,8 +109,8 @@ class Experts:
 
     ``count``, ``used`` and ``width`` are the config's keys for the number of experts, of those that each token takes,
     and for their width; ``shared`` that for the number of experts that every token takes, one tensor of that width in
-    all; ``shared_width`` that for the width of one such expert with a gate of its own.  ``selection_bias`` is added to the router's scores for the choice only; the checkpoint has it under one of
-    these names.
+    all; ``shared_width`` that for the width of one such expert with a gate of its own.  ``selection_bias`` is added to
+    the router's scores for the choice only; the checkpoint has it under one of these names.
 
     Experts are stacked to ``[count, rows, columns]``.  ``separate`` is the name of one expert's matrix in the style
     with one tensor per expert, with ``{expert}`` and ``{name}`` (from ``names``: gate, up, down).  Transformers 5 can

@@ -42,9 +42,7 @@ class GatedDeltaNet:
             name, group = f"{prefix}.in_proj_qkvz.weight", (2 + 2 * ratio) * size
             spans = ((0, size), (size, size), (2 * size, ratio * size), ((2 + ratio) * size, ratio * size))
             shape = (keys * group, hidden)
-            parts = [
-                tuple(Part(name, shape, k * group + first, rows) for k in range(keys)) for first, rows in spans
-            ]
+            parts = [tuple(Part(name, shape, k * group + first, rows) for k in range(keys)) for first, rows in spans]
             yield Wanted(qkv, (mixed, hidden), parts[0] + parts[1] + parts[2])
             yield Wanted(z, (values * size, hidden), parts[3])
             yield whole(f"{prefix}.in_proj_ba.weight", 2 * values, hidden)
@@ -165,7 +163,9 @@ def _sections(family: Family) -> list[int]:
     sections = family.rope.params.get("mrope_section", [11, 11, 10])
     fits = isinstance(sections, list) and len(sections) == 3 and all(isinstance(size, int) for size in sections)
     if not fits or sum(sections) != pairs or any(pair >= 3 * sections[pair % 3] for pair in range(pairs)):
-        raise family.config.error(f"'mrope_section' must be three numbers that {pairs} pairs alternate by: {sections!r}")
+        raise family.config.error(
+            f"'mrope_section' must be three numbers that {pairs} pairs alternate by: {sections!r}"
+        )
     return [*sections, 0]
 
 
