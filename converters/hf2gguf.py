@@ -20,6 +20,7 @@ from ccq_format.output import refuse_inputs
 
 from .arch import Family, family_of
 from .arch.base import Part, Wanted, resolve
+from .arch.multimodal import OTHERS
 from .options import QuantOptions
 from .plan import Plan
 from .safetensors_io import Checkpoint, DecodedTensor, Weights
@@ -97,13 +98,25 @@ def load_sources(family: Family, checkpoint: Checkpoint) -> list[TensorSource]:
     for name, wanted in resolve(family, stored):
         sources.append(make_source(name, wanted, checkpoint))
         used.update(part.name for part in wanted.parts)
+    others = 0
     for tensor in checkpoint:
-        if tensor.name not in used and not family.is_ignored(tensor.name):
-            raise ModelError(
-                f"is unexpected: a {family.architecture} with this config has no such tensor",
-                file=tensor.path,
-                tensor=tensor.name,
-            )
+        if tensor.name in used or family.is_ignored(tensor.name):
+            continue
+        if family.wrapper is not None and OTHERS.match(tensor.name):
+            others += 1
+            continue
+        raise ModelError(
+            f"is unexpected: a {family.wrapper or family.architecture} with this config has no such tensor",
+            file=tensor.path,
+            tensor=tensor.name,
+        )
+    if others:
+        log.info(
+            "the text model of a %s is taken; %d tensors for images or sound are left out (llama.cpp's "
+            "convert_hf_to_gguf.py --mmproj makes a file of them)",
+            family.wrapper,
+            others,
+        )
     for name, values in family.rope.factors(family.rotary_dim).items():
         sources.append(_constant(name, values))
     return sources
@@ -153,10 +166,15 @@ def make_source(name: str, wanted: Wanted, checkpoint: Checkpoint) -> TensorSour
     types = sorted({segment.tensor.type_name for segment in segments})
     load = _stacked([(segment.rows, segment.count) for segment in segments])
     raw = None
-    if len(types) == 1 and not wanted.heads and not wanted.shift and all(segment.has_raw for segment in segments):
+    changed = wanted.heads or wanted.shift or wanted.columns is not None or wanted.apply is not None
+    if len(types) == 1 and not changed and all(segment.has_raw for segment in segments):
         raw = _stacked([(segment.raw, segment.count) for segment in segments])
     if wanted.heads:
         load = _interleaved(load, wanted.shape, wanted.heads)
+    if wanted.columns is not None:
+        load = _swapped(load, wanted.shape[-1], *wanted.columns)
+    if wanted.apply is not None:
+        load = _applied(load, wanted.apply)
     if wanted.shift:
         load = _shifted(load, wanted.shift)
     return TensorSource(name, wanted.shape, load, types[0] if len(types) == 1 else "f32", raw)
@@ -216,6 +234,16 @@ def _stacked(segments: list[tuple[Callable[[int, int], NDArray[_T]], int]]) -> C
 def _shifted(load: LoadRows, shift: float) -> LoadRows:
     """Rows with a number added, as the model's own code does it."""
     return lambda start, stop: load(start, stop) + np.float32(shift)
+
+
+def _applied(load: LoadRows, apply: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> LoadRows:
+    return lambda start, stop: apply(load(start, stop))
+
+
+def _swapped(load: LoadRows, columns: int, outer: int, inner: int) -> LoadRows:
+    """Columns seen as ``[outer, inner, ..]``, in the order ``[inner, outer, ..]``."""
+    order = np.arange(columns).reshape(outer, inner, -1).swapaxes(0, 1).reshape(-1)
+    return lambda start, stop: load(start, stop)[:, order]
 
 
 def row_order(rows: int, heads: int) -> NDArray[np.int64]:

@@ -68,7 +68,8 @@ class Rope:
         if any(isinstance(value, dict) for value in params.values()):
             raise config.error("RoPE parameters per layer type are not supported")
         kind = params.get("rope_type") or params.get("type") or "default"
-        kind = "longrope" if kind == "su" else kind  # its first name
+        # The first name of longrope; and text has one position for all sections.
+        kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)
         if kind not in ("default", "linear", "yarn", "llama3", "dynamic", "longrope"):
             raise config.error(f"the RoPE type {kind!r} is not supported")
         theta = params.get("rope_theta")
