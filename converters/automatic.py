@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import gguf
-
 from ccq_format.errors import CcqError, EvalError
-from ccq_format.gguf_io import Model, ModelWriter, open_model
+from ccq_format.gguf_io import ModelWriter, open_model
 from ccq_format.output import OutputFile, Scratch, refuse_inputs
 
 from . import imatrix
 from .calibrate import BUNDLED_TEXT, CalibrationOptions
 from .collect import BATCH, calibrate_gguf
 from .console import format_bytes, progress_bar
+from .conversion import Conversion
+from .convert import write_model
 from .data import lacks_data
 from .evaluate import read_text
 from .hessian import Hessians
@@ -35,7 +35,7 @@ from .losses import measure_losses
 from .options import QuantOptions
 from .plan import Plan, make_plan
 from .resume import job_of
-from .stream import data_files, write_model, write_planned
+from .stream import data_files, write_planned
 from .target_types import STOCK_TYPES
 from .tensors import TensorSource
 
@@ -61,37 +61,13 @@ _WOULD = (
 )
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What is converted, as ``stream.write_model`` is told, and ``runnable``: the GGUF file that holds the model, if
-    there is one."""
-
-    out: Path
-    arch: str
-    sources: list[TensorSource]
-    files: Sequence[Path]
-    set_metadata: Callable[[gguf.GGUFWriter], None] | None = None
-    copy_from: Model | None = None
-    runnable: Path | None = None
-    progress: bool = True
-
-
 def write_calibrated(conversion: Conversion, options: QuantOptions) -> Plan:
     """Plan and write the file, with the data that :func:`calibrated` adds.  Raises what that and
-    ``stream.write_model`` do."""
+    ``convert.write_model`` do."""
     if not options.dry_run:
-        refuse_inputs([conversion.out], [*conversion.files, *data_files(options)])
+        refuse_inputs([conversion.path], [*conversion.files, *data_files(options)])
     with calibrated(conversion, options) as options:
-        return write_model(
-            conversion.out,
-            arch=conversion.arch,
-            set_metadata=conversion.set_metadata,
-            sources=conversion.sources,
-            options=options,
-            progress=conversion.progress,
-            copy_from=conversion.copy_from,
-            files=conversion.files,
-        )
+        return write_model(conversion, options)
 
 
 @contextmanager
@@ -99,8 +75,8 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
     """The options with the data that they lack: importance, for targets losses, with ``options.feedback`` Hessians.
 
     Nothing is done unless ``options.calibrate``, nor if ``options.dry_run``, which only says so.  Raises ``EvalError``
-    if the model cannot be run: packages or memory are missing, or llama.cpp refuses it; and what ``stream.write_model``
-    and ``collect.calibrate_gguf`` raise.
+    if the model cannot be run: packages or memory are missing, or llama.cpp refuses it; and what
+    ``convert.write_model`` and ``collect.calibrate_gguf`` raise.
     """
     wanted = _wanted(conversion.sources, options)
     if not options.calibrate or wanted == _Wanted(False, False, False):
@@ -110,7 +86,7 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
         log.info("%s", _WOULD)
         yield options
         return
-    OutputFile(conversion.out, overwrite=options.overwrite)  # refuses a target before the work
+    OutputFile(conversion.path, overwrite=options.overwrite)  # refuses a target before the work
     if options.resume:
         kept = _Kept(conversion, options, wanted)
         if (found := kept.load(options)) is None:
@@ -120,7 +96,7 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
         yield found
         kept.remove()
         return
-    with Scratch(conversion.out) as hessians:
+    with Scratch(conversion.path) as hessians:
         data = _measured(conversion, options, wanted, hessians)
         products = Hessians(hessians.reachable) if wanted.hessians else options.hessian
         yield replace(options, imatrix=data, hessian=products)
@@ -198,17 +174,10 @@ def _runnable(conversion: Conversion) -> Iterator[Path]:
     if conversion.runnable is not None:
         yield conversion.runnable
         return
-    with Scratch(conversion.out) as file:
+    with Scratch(conversion.path) as file:
         options = QuantOptions("bf16")
         plan = make_plan(conversion.sources, options, _AsStored({s.name: s.source_type for s in conversion.sources}))
-        write_planned(
-            file,
-            plan,
-            arch=conversion.arch,
-            options=options,
-            set_metadata=conversion.set_metadata,
-            progress=conversion.progress,
-        )
+        write_planned(replace(conversion, out=file, files=()), plan, options)
         yield file.reachable
 
 
@@ -251,8 +220,8 @@ class _Kept:
     beside the output ``NAME``."""
 
     def __init__(self, conversion: Conversion, options: QuantOptions, wanted: _Wanted) -> None:
-        self.path = conversion.out.with_name(f".{conversion.out.name}.calibration")
-        self.hessians = conversion.out.with_name(f".{conversion.out.name}.hessian")
+        self.path = conversion.path.with_name(f".{conversion.path.name}.calibration")
+        self.hessians = conversion.path.with_name(f".{conversion.path.name}.hessian")
         self.wanted = wanted
         whole = job_of(options, conversion.files)
         job = {key: whole[key] for key in ("--imatrix", *(file.name for file in conversion.files))}

@@ -26,9 +26,9 @@ from .arch import Family, family_of
 from .backward import BackwardPass
 from .console import progress_bar
 from .evaluate import read_text
+from .folder_sources import load_sources
 from .forward import Collector, ForwardPass, model_tensors, product_shapes
 from .hessian import HessianWriter
-from .hf2gguf import load_sources
 from .host import cpu_count
 from .sources import open_checkpoint
 from .vocab import load_vocab

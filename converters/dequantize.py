@@ -8,9 +8,10 @@ from pathlib import Path
 from ccq_format.errors import PlanError
 from ccq_format.gguf_io import open_model
 
+from .conversion import Conversion
+from .gguf_sources import source_of
 from .options import QuantOptions
 from .plan import Plan, PlannedTensor
-from .quantize import source_of
 from .stream import write_planned
 from .target_types import COPIED_TYPES, row_bytes
 from .tensors import TensorSource
@@ -42,7 +43,9 @@ def dequantize(
     plan = Plan(tensors, 0, 0, "")
     options = QuantOptions(target, overwrite=overwrite, split_max_size=split_max_size)
     files = [Path(file) for file in model.files]
-    write_planned(out_path, plan, arch=model.arch, options=options, progress=progress, copy_from=model, files=files)
+    sources = [tensor.source for tensor in tensors]
+    conversion = Conversion(Path(out_path), model.arch, sources, files, copy_from=model, progress=progress)
+    write_planned(conversion, plan, options)
     return plan
 
 

@@ -22,8 +22,8 @@ from ccq_format.errors import ImportanceError, ModelError
 
 from .arch import Family
 from .arch.base import resolve
+from .folder_sources import make_source, row_order
 from .hessian import HessianWriter
-from .hf2gguf import make_source, row_order
 from .safetensors_io import Checkpoint
 from .tensors import TensorSource
 

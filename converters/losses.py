@@ -34,10 +34,10 @@ from .allocate import role_of
 from .calibrate import CalibrationOptions
 from .collect import BATCH, Advance, GraphRun, name_of, weight_of
 from .evaluate import log_softmax
+from .gguf_sources import decode_rows
 from .graph import Ggml, Node
 from .imatrix import Importance
 from .llama import load_plugin_for
-from .quantize import decode_rows
 from .rules import is_vocabulary, never_quantized
 from .tensors import EXPERTS
 

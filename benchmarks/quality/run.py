@@ -46,10 +46,10 @@ import ccq_backend
 from ccq_converters import calibrate, evaluate, hf2gguf, imatrix, llama
 from ccq_converters.base_record import BaseLogits
 from ccq_converters.console import format_bytes
+from ccq_converters.gguf_sources import sources_of
 from ccq_converters.hessian import Hessians
 from ccq_converters.options import QuantOptions
 from ccq_converters.plan import free_matrices
-from ccq_converters.quantize import sources_of
 from ccq_format.errors import CcqError, EvalError, PlanError
 from ccq_format.gguf_io import open_model
 

@@ -67,8 +67,8 @@ class Wrapper:
 
 def _check_sections(family: Family) -> None:
     pairs, sections = family.head_dim // 2, family.rope.params.get("mrope_section")
-    fits = isinstance(sections, list) and len(sections) == 3 and all(isinstance(size, int) for size in sections)
-    if not fits or sum(sections) != pairs:
+    three = isinstance(sections, list) and len(sections) == 3 and all(isinstance(size, int) for size in sections)
+    if not three or sum(sections or ()) != pairs:
         raise family.config.error(f"'mrope_section' must be three numbers of {pairs} pairs together: {sections!r}")
 
 

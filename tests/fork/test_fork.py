@@ -24,12 +24,14 @@ import numpy as np
 import pytest
 
 from ccq_converters import hf2gguf, imatrix
+from ccq_converters.conversion import Conversion
+from ccq_converters.convert import write_model as write_file
 from ccq_converters.dequantize import dequantize
+from ccq_converters.gguf_sources import sources_of
 from ccq_converters.inspect import inspect
 from ccq_converters.integrate import FAMILIES
 from ccq_converters.options import QuantOptions
-from ccq_converters.quantize import quantize, sources_of
-from ccq_converters.stream import write_model as write_file
+from ccq_converters.quantize import quantize
 from ccq_format.errors import TensorTypeError
 from ccq_format.gguf_io import ModelWriter, open_model
 from ccq_format.layouts import LAYOUTS
@@ -356,12 +358,14 @@ def with_bos(source: Path) -> Path:
     model.fields.pop("tokenizer.ggml.add_bos_token")
     out = source.with_name("bos.gguf")
     write_file(
-        out,
-        arch=model.arch,
-        copy_from=model,
-        set_metadata=lambda writer: writer.add_add_bos_token(True),
-        sources=sources_of(model),
-        options=QuantOptions("f16"),
+        Conversion(
+            out,
+            model.arch,
+            sources_of(model),
+            copy_from=model,
+            set_metadata=lambda writer: writer.add_add_bos_token(True),
+        ),
+        QuantOptions("f16"),
     )
     return out
 
