@@ -8,6 +8,7 @@ passes through the model are those of ``forward`` and ``backward``, their tempor
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,13 @@ from .backward import BackwardPass
 from .evaluate import read_text
 from .forward import Collector, ForwardPass, model_tensors, product_shapes
 from .hessian import HessianWriter
-from .hf2gguf import load_sources
-from .plan import cpu_count
+from .hf2gguf import conversion_of, load_sources
+from .plan import KEEP, cpu_count
 from .sources import open_checkpoint
 from .stream import progress_bar
 from .vocab import load_vocab
+
+log = logging.getLogger(__name__)
 
 BUNDLED_TEXT = Path(__file__).parent / "data" / "calibration.txt"
 """350 kB of prose, documentation, dialogue, code and 28 languages; any part of it is a mixture.  The README beside it
@@ -67,25 +70,33 @@ def calibrate(
 ) -> imatrix.Importance:
     """Write the importance file ``out`` and, if a path is given, the Hessian file ``hessian`` (see there).
 
+    A family whose layers are not known here is converted to a GGUF file beside ``out`` for the time, and run in
+    llama.cpp (see ``collect``).
+
     The files appear when everything is done; an exception or an interrupt leaves neither.  Raises ``ModelError`` if
     the model cannot be loaded or a package is missing, ``EvalError`` for an unreadable text, ``ImportanceError`` if
     it is too short or activations are not finite, and ``OutputError``.
     """
     options = options or CalibrationOptions()
+    if not model_dir.is_dir():
+        raise ModelError("no such folder", file=model_dir)
+    family = family_of(model_dir)
+    if not family.spec.calibrates or family.wrapper is not None:
+        if options.gradients:
+            raise ModelError(
+                f"gradients need torch, which knows no layers of {family.wrapper or family.architecture} here; losses "
+                "(--losses) do as well",
+                file=family.config.file,
+            )
+        from .automatic import calibrate_as_gguf  # which needs this module
+
+        log.info("%s: is run in llama.cpp, as the GGUF file that hf2gguf makes of it", model_dir)
+        return calibrate_as_gguf(conversion_of(model_dir, out, KEEP, progress=progress), text_path, options, hessian)
     if options.memory is not None:
         raise ModelError("a folder's layers come one at a time; --memory is for GGUF files", file=model_dir)
     if options.losses:
         raise ModelError("losses are measured of GGUF files; of a folder there are --gradients", file=model_dir)
     torch, transformers = _packages(model_dir)
-    if not model_dir.is_dir():
-        raise ModelError("no such folder", file=model_dir)
-    family = family_of(model_dir)
-    if not family.spec.calibrates:
-        raise ModelError(
-            f"calibrate does not know the layers of {family.architecture}; convert it to bf16 and let llama.cpp's "
-            "llama-imatrix measure",
-            file=family.config.file,
-        )
     if options.ctx > family.context:
         raise ModelError(f"its context is {family.context} tokens, not {options.ctx}", file=family.config.file)
     checkpoint = open_checkpoint(model_dir, family.config)

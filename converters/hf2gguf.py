@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import gguf
 import numpy as np
@@ -24,6 +24,9 @@ from .plan import LoadRows, Plan, QuantOptions, TensorSource
 from .safetensors_io import Checkpoint, DecodedTensor, Weights
 from .sources import open_checkpoint
 from .vocab import Vocab, load_vocab
+
+if TYPE_CHECKING:
+    from .automatic import Conversion
 
 log = logging.getLogger(__name__)
 
@@ -49,25 +52,36 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
     Raises ``ModelError`` if the folder cannot be converted (files missing or damaged, architecture or tokenizer not
     supported, tensors missing, unexpected or of a wrong shape), and what ``stream.write_model`` raises.
     """
-    from .automatic import Conversion, write_calibrated  # which needs what reads folders and files
+    from .automatic import write_calibrated  # which needs what reads folders and files
+
+    return write_calibrated(conversion_of(model_dir, out, options.type, options.k_order, progress=progress), options)
+
+
+def conversion_of(
+    model_dir: Path, out: Path, type_name: str | None, k_order: str | None = None, *, progress: bool = True
+) -> Conversion:
+    """What is to be written to convert the folder ``model_dir``; ``type_name`` goes into the metadata.
+
+    Raises ``ModelError`` as :func:`convert` does.
+    """
+    from .automatic import Conversion
 
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise ModelError("no such folder", file=model_dir)
     family = family_of(model_dir)
     # The tensors' shapes come first: they vouch for the sizes in the config before anything is built by them.
-    checkpoint = open_checkpoint(model_dir, family.config, options.k_order)
+    checkpoint = open_checkpoint(model_dir, family.config, k_order)
     sources = load_sources(family, checkpoint)
     vocab = load_vocab(model_dir, family.vocab_size)
 
     def set_metadata(writer: gguf.GGUFWriter) -> None:
-        write_metadata(writer, model_dir, family, vocab, sources, options.type)
+        write_metadata(writer, model_dir, family, vocab, sources, type_name)
         if checkpoint.residual_order is not None:
             writer.add_array(f"{family.arch_name}.residual_order", checkpoint.residual_order)
 
     files = [model_dir / "config.json", *checkpoint.files]
-    conversion = Conversion(Path(out), family.arch_name, sources, files, set_metadata, progress=progress)
-    return write_calibrated(conversion, options)
+    return Conversion(Path(out), family.arch_name, sources, files, set_metadata, progress=progress)
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
