@@ -74,6 +74,7 @@ def conversion_of(
     checkpoint = open_checkpoint(model_dir, family.config, k_order)
     sources = load_sources(family, checkpoint)
     vocab = load_vocab(model_dir, family.vocab_size)
+    vocab.specialize(family.spec.pretokenizers, family.spec.special_tokens)
 
     def set_metadata(writer: gguf.GGUFWriter) -> None:
         write_metadata(writer, model_dir, family, vocab, sources, type_name)

@@ -17,7 +17,17 @@ from ccq_converters.vocab import load_vocab
 from ccq_format.errors import ModelError
 from ccq_format.gguf_io import open_model
 
-from .upstream_diff.models import LLAMA3_REGEX, QWEN2_REGEX, TRAINING_TEXT, Case, bpe_tokenizer, build, save_bpe
+from .upstream_diff.models import (
+    GLM_MOE,
+    LLAMA3_REGEX,
+    LLAMA4,
+    QWEN2_REGEX,
+    TRAINING_TEXT,
+    Case,
+    bpe_tokenizer,
+    build,
+    save_bpe,
+)
 
 TEXTS = [
     "",
@@ -210,6 +220,63 @@ def test_cut_alike(regexes: tuple[str, ...], tmp_path: Path) -> None:
     texts = [text for text in TEXTS if "<|end|>" not in text] + ["camelCaseWORDS", "日本語テキスト123漢字 (x)"]
     got = llama_cpp_ids(folder, tmp_path / "out.gguf", texts, add_special=False)
     assert got == [encode(tokenizer, text, add_special_tokens=False) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "steps", "ignore_merges", "front", "name"),
+    [
+        ("glm4", {}, [split(LLAMA3_REGEX), BYTES], True, ["[gMASK]", "<sop>"], "glm4"),
+        ("glm4", {}, [split(LLAMA3_REGEX), BYTES], False, [], "chatglm-bpe"),
+        ("glm4_moe", {"head_dim": 16, **GLM_MOE}, [split(LLAMA3_REGEX), BYTES], True, [], "glm4"),
+        ("cohere2", {"num_hidden_layers": 4}, [DIGITS, GPT2], False, ["<|begin|>"], "command-r"),
+        ("llama4", {**LLAMA4, "num_local_experts": 4}, [split(GPT4O), BYTES], False, ["<|begin|>"], "llama4"),
+    ],
+)
+def test_names_of_a_family(
+    family: str,
+    config: dict[str, Any],
+    steps: list[dict[str, Any]],
+    ignore_merges: bool,
+    front: list[str],
+    name: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """llama.cpp knows some ways to cut under several names, which differ in what goes in front of a text."""
+    folder = tmp_path / "model"
+    tokenizer = bpe_tokenizer("qwen2")
+    size = tokenizer.get_vocab_size()
+    added = ["[gMASK]", "<sop>", "<|user|>", "<|endoftext|>", "<|observation|>"]
+    build(Case("m", family, config), folder, size + len(added))
+    save_bpe(folder, "qwen2")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    spec["added_tokens"] += [{"id": size + i, "content": text, **entry} for i, text in enumerate(added)]
+    ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    single = [*({"SpecialToken": {"id": text, "type_id": 0}} for text in front), sequence]
+    template = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {text: {"id": text, "ids": [ids[text]], "tokens": [text]} for text in front},
+    }
+    spec["model"]["ignore_merges"] = ignore_merges
+    spec |= {"post_processor": template, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    bos = {"bos_token": "<|begin|>"} if name in ("command-r", "llama4") else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", **bos}))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = [text for text in TEXTS if text and "<|end|>" not in text]
+    got = llama_cpp_ids(folder, tmp_path / "out.gguf", texts)
+    assert got == [encode(tokenizer, text, add_special_tokens=len(front) == 1) for text in texts]
+    assert ("leaves that to the chat template" in caplog.text) == (len(front) > 1)
+    keys = {key: field.value for key, field in open_model(tmp_path / "out.gguf").fields.items()}
+    assert keys["tokenizer.ggml.pre"] == name
+    if not bos:
+        assert keys["tokenizer.ggml.eot_token_id"] == ids["<|user|>"]
+        assert keys["tokenizer.ggml.unknown_token_id"] == ids["<|endoftext|>"]
+        assert keys["tokenizer.ggml.bos_token_id"] == ids["[gMASK]" if family == "glm4_moe" else "<|endoftext|>"]
 
 
 @pytest.mark.parametrize(
