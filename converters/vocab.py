@@ -325,17 +325,20 @@ def _prepend_scheme(path: Path, tokenizer: dict[str, Any]) -> str:
     """When text gets a leading space, by the tokenizer's normalizer or pre-tokenizer: ``"always"``, that is behind
     every added token, too, ``"first"``, at the start only, or ``"never"``.
 
-    The Metaspace step adds none to text that starts with a space; SentencePiece, and llama.cpp with it, always do.
+    The Metaspace step adds none to text that starts with a space, unless a step before it has doubled that one;
+    SentencePiece, and llama.cpp with it, always do.
 
     Raises ``ModelError`` if these do anything but replace spaces by the SentencePiece space.
     """
-    scheme, replaces = "never", False
+    scheme, replaces, doubles = "never", False, False
     for step in _steps(tokenizer.get("normalizer"), "normalizers"):
         kind = step.get("type")
         if kind == "Prepend" and step.get("prepend") == _SPACE:
             scheme = "always"
         elif kind == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == _SPACE:
             replaces = True
+        elif step == {"type": "Replace", "pattern": {"Regex": rf"\A{_SPACE}"}, "content": 2 * _SPACE}:
+            doubles = True
         else:
             raise ModelError(f"its normalizer is unknown to llama.cpp: {step!r}", file=path)
     for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
@@ -344,6 +347,8 @@ def _prepend_scheme(path: Path, tokenizer: dict[str, Any]) -> str:
         replaces = True
         if scheme == "never":
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+    if doubles and scheme == "never":
+        raise ModelError("doubles a space before the text, which llama.cpp does not", file=path)
     if not replaces:
         raise ModelError("has byte fallback but does not replace spaces as SentencePiece does", file=path)
     return str(scheme)

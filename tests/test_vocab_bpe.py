@@ -161,6 +161,35 @@ def test_space_behind_added_tokens(
             load_vocab(tmp_path, 300)
 
 
+def test_doubled_space_without_one_before_the_text(tmp_path: Path) -> None:
+    """transformers 5 doubles a space at the start where its next step would put one before the text; alone, it would
+    mean something that llama.cpp cannot do."""
+    save_bpe(tmp_path, "qwen2")
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    double = {"type": "Replace", "pattern": {"Regex": "\\A\u2581"}, "content": "\u2581\u2581"}
+    edit(tmp_path, normalizer={"type": "Sequence", "normalizers": [space, double]}, pre_tokenizer=None)
+    edit(tmp_path, model__byte_fallback=True)
+    with pytest.raises(ModelError, match="doubles a space before the text"):
+        load_vocab(tmp_path, 500)
+
+
+def test_additional_chat_templates(tmp_path: Path) -> None:
+    """Files of their own, as transformers 5 saves them."""
+    import transformers
+
+    (tmp_path / "model").mkdir()
+    save_bpe(tmp_path / "model", "llama3")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "additional_chat_templates" / "tool_use.jinja").is_file()
+    template = load_vocab(tmp_path / "saved", 500).special.chat_template
+    assert template == [
+        {"name": "default", "template": "{{ messages }}"},
+        {"name": "tool_use", "template": "{{ tools }}"},
+    ]
+
+
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("keep_model", [True, False])
 def test_bos_of_a_saved_tokenizer(adds: bool, keep_model: bool, tmp_path: Path) -> None:
