@@ -21,8 +21,8 @@ from ccq_format.gguf_io import ModelWriter, open_model
 from ccq_format.output import OutputFile, Scratch, refuse_inputs
 
 from . import imatrix
-from .calibrate import BUNDLED_TEXT, CalibrationOptions
-from .collect import BATCH, calibrate_gguf
+from .calibration import BUNDLED_TEXT, CalibrationOptions
+from .collect import BATCH, calibrate_file, calibrate_gguf
 from .console import format_bytes, progress_bar
 from .conversion import Conversion
 from .convert import write_model
@@ -121,6 +121,21 @@ def _wanted(sources: list[TensorSource], options: QuantOptions) -> _Wanted:
     return _Wanted(data is None, data is None or not data.knows_losses, hessians)
 
 
+def calibrate_as_gguf(
+    conversion: Conversion,
+    text_path: Path,
+    options: CalibrationOptions,
+    hessian: Path | None,
+) -> Importance:
+    """What ``collect.calibrate_file`` does, of a model that is no GGUF file yet; ``conversion.path`` is the importance
+    file.  Raises what that and :func:`runnable` do."""
+    OutputFile(conversion.path, overwrite=options.overwrite)  # refuses a target before the work
+    if find_spec("llama_cpp") is None:
+        raise EvalError("calibration needs llama-cpp-python (pip install '.[llama]')", file=_source(conversion))
+    with runnable(conversion, "make a q8_0 file of it (hf2gguf --type q8_0), and calibrate that") as path:
+        return calibrate_file(path, text_path, conversion.path, options, hessian=hessian, progress=conversion.progress)
+
+
 def _measured(
     conversion: Conversion, options: QuantOptions, wanted: _Wanted, hessians: Path | OutputFile
 ) -> Importance:
@@ -128,8 +143,8 @@ def _measured(
         raise EvalError(f"calibration needs llama-cpp-python (pip install '.[llama]'); or {_OTHERWISE}")
     text = read_text(BUNDLED_TEXT)
     data = options.imatrix
-    with _runnable(conversion) as path, progress_bar(conversion.progress) as bar:
-        window = _checked(path, conversion)
+    with runnable(conversion, _OTHERWISE) as path, progress_bar(conversion.progress) as bar:
+        window = _window(path)
         # The output matrix may get few bits, unless types are asked for.
         settings = CalibrationOptions(
             window, TOKENS // window, options.threads, process_output=options.type is None, overwrite=True
@@ -169,14 +184,20 @@ def _measured(
 
 
 @contextmanager
-def _runnable(conversion: Conversion) -> Iterator[Path]:
-    """A GGUF file of the model, removed afterwards if it had to be written."""
+def runnable(conversion: Conversion, otherwise: str) -> Iterator[Path]:
+    """A GGUF file of the model in the types that it has, removed afterwards if it had to be written.
+
+    Raises ``EvalError`` if it does not fit into the memory that is free, and says what to do ``otherwise``; and what
+    ``stream.write_planned`` raises.
+    """
     if conversion.runnable is not None:
+        _check_memory(conversion, sum(t.nbytes for t in open_model(conversion.runnable).tensors), otherwise)
         yield conversion.runnable
         return
+    options = QuantOptions("bf16")
+    plan = make_plan(conversion.sources, options, _AsStored({s.name: s.source_type for s in conversion.sources}))
+    _check_memory(conversion, plan.nbytes, otherwise)
     with Scratch(conversion.path) as file:
-        options = QuantOptions("bf16")
-        plan = make_plan(conversion.sources, options, _AsStored({s.name: s.source_type for s in conversion.sources}))
         write_planned(replace(conversion, out=file, files=()), plan, options)
         yield file.reachable
 
@@ -195,18 +216,20 @@ class _AsStored:
     vocabulary = matrix
 
 
-def _checked(path: Path, conversion: Conversion) -> int:
-    """The tokens of a window.  Raises ``EvalError`` if the model does not fit into the memory that is free."""
-    model = open_model(path)
-    vocabulary = next((t.n_rows for t in model.tensors if t.name == "token_embd.weight"), 0)
-    needed = sum(t.nbytes for t in model.tensors) + 8 * BATCH * vocabulary
-    free = free_memory()
+def _check_memory(conversion: Conversion, nbytes: int, otherwise: str) -> None:
+    vocabulary = next((s.rows for s in conversion.sources if s.name == "token_embd.weight"), 0)
+    needed, free = nbytes + 8 * BATCH * vocabulary, free_memory()
     if needed > free:
         raise EvalError(
             f"calibration would run this model in llama.cpp, which takes {format_bytes(needed)} of memory; "
-            f"{format_bytes(free)} are free: {_OTHERWISE}",
+            f"{format_bytes(free)} are free: {otherwise}",
             file=_source(conversion),
         )
+
+
+def _window(path: Path) -> int:
+    """The tokens of a window."""
+    model = open_model(path)
     context = model.metadata.get(f"{model.arch}.context_length")
     return min(WINDOW, context) if isinstance(context, int) and context > 1 else WINDOW
 

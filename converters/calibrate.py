@@ -8,9 +8,8 @@ passes through the model are those of ``forward`` and ``backward``, their tempor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +18,24 @@ from numpy.typing import NDArray
 
 from ccq_format.errors import ImportanceError, ModelError
 from ccq_format.gguf_io import ModelWriter
-from ccq_format.output import refuse_inputs
 
 from . import imatrix
 from .arch import Family, family_of
+from .automatic import calibrate_as_gguf
 from .backward import BackwardPass
+from .calibration import CalibrationOptions, check_outputs
 from .console import progress_bar
 from .evaluate import read_text
 from .folder_sources import load_sources
 from .forward import Collector, ForwardPass, model_tensors, product_shapes
 from .hessian import HessianWriter
+from .hf2gguf import conversion_of
 from .host import cpu_count
 from .sources import open_checkpoint
+from .target_types import KEEP
 from .vocab import load_vocab
 
-BUNDLED_TEXT = Path(__file__).parent / "data" / "calibration.txt"
-"""350 kB of prose, documentation, dialogue, code and 28 languages; any part of it is a mixture.  The README beside it
-says what it is made of."""
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """``chunks`` = ``None`` takes all windows of the text; ``threads`` <= 0 means one per CPU; ``process_output`` adds
-    the output matrix; ``gradients`` adds the squares of the outputs' gradients, for three to four times the time and 4
-    bytes per token, hidden channel and layer (beyond 1 GiB of the disk).
-
-    Of GGUF files only (see ``collect``): ``losses`` are measured as well (see ``losses``); ``memory``, bytes for the
-    products, ``None`` half of what is free; ``exact`` sets llama.cpp's KV cache to f32 and its flash attention off."""
-
-    ctx: int = 512
-    chunks: int | None = None
-    threads: int = 0
-    process_output: bool = False
-    gradients: bool = False
-    overwrite: bool = False
-    memory: int | None = None
-    losses: bool = False
-    exact: bool = False
+log = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -69,26 +49,32 @@ def calibrate(
 ) -> imatrix.Importance:
     """Write the importance file ``out`` and, if a path is given, the Hessian file ``hessian`` (see there).
 
+    A family whose layers are not known here is converted to a GGUF file beside ``out`` for the time, and run in
+    llama.cpp (see ``collect``).
+
     The files appear when everything is done; an exception or an interrupt leaves neither.  Raises ``ModelError`` if
     the model cannot be loaded or a package is missing, ``EvalError`` for an unreadable text, ``ImportanceError`` if
     it is too short or activations are not finite, and ``OutputError``.
     """
     options = options or CalibrationOptions()
+    if not model_dir.is_dir():
+        raise ModelError("no such folder", file=model_dir)
+    check_outputs(out, hessian, [*model_dir.iterdir(), text_path])
+    family = family_of(model_dir)
+    if not family.spec.calibrates or family.wrapper is not None:
+        if options.gradients:
+            raise ModelError(
+                f"gradients need torch, which knows no layers of {family.wrapper or family.architecture} here; losses "
+                "(--losses) do as well",
+                file=family.config.file,
+            )
+        log.info("%s: is run in llama.cpp, as the GGUF file that hf2gguf makes of it", model_dir)
+        return calibrate_as_gguf(conversion_of(model_dir, out, KEEP, progress=progress), text_path, options, hessian)
     if options.memory is not None:
         raise ModelError("a folder's layers come one at a time; --memory is for GGUF files", file=model_dir)
     if options.losses:
         raise ModelError("losses are measured of GGUF files; of a folder there are --gradients", file=model_dir)
     torch, transformers = _packages(model_dir)
-    if not model_dir.is_dir():
-        raise ModelError("no such folder", file=model_dir)
-    check_outputs(out, hessian, [*model_dir.iterdir(), text_path])
-    family = family_of(model_dir)
-    if not family.spec.calibrates:
-        raise ModelError(
-            f"calibrate does not know the layers of {family.architecture}; convert it to bf16 and let llama.cpp's "
-            "llama-imatrix measure",
-            file=family.config.file,
-        )
     if options.ctx > family.context:
         raise ModelError(f"its context is {family.context} tokens, not {options.ctx}", file=family.config.file)
     checkpoint = open_checkpoint(model_dir, family.config)
@@ -118,13 +104,6 @@ def calibrate(
         result = imatrix.Importance(str(out), entries, [str(text_path)], len(windows), options.ctx)
         imatrix.fill(writer, result)
     return result
-
-
-def check_outputs(out: Path, hessian: Path | None, inputs: Iterable[str | Path]) -> None:
-    """Raise ``ImportanceError`` if both results are to be one file, ``OutputError`` if one is a file that is read."""
-    if hessian is not None and hessian.absolute() == out.absolute():
-        raise ImportanceError("is to hold both the importance and the Hessians", file=out)
-    refuse_inputs([out] if hessian is None else [out, hessian], inputs)
 
 
 def _run(forward: ForwardPass, options: CalibrationOptions, progress: bool) -> None:

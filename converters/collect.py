@@ -33,7 +33,7 @@ from ccq_format.gguf_io import ModelWriter, open_model
 from ccq_format.output import OutputFile
 
 from . import imatrix
-from .calibrate import CalibrationOptions, check_outputs
+from .calibration import CalibrationOptions, check_outputs
 from .console import progress_bar
 from .evaluate import read_text
 from .graph import Ggml, Node

@@ -44,24 +44,36 @@ def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool
     supported, tensors missing, unexpected or of a wrong shape), and what ``write_calibrated`` raises.
     """
     model_dir = Path(model_dir)
+    conversion = conversion_of(model_dir, out, options.type, options.k_order, progress=progress)
+    if not options.dry_run:
+        refuse_inputs([out], (path for path in model_dir.iterdir() if path.suffix != ".gguf"))  # tokenizers, ...
+    return write_calibrated(conversion, options)
+
+
+def conversion_of(
+    model_dir: Path, out: Path, type_name: str | None, k_order: str | None = None, *, progress: bool = True
+) -> Conversion:
+    """What is to be written to convert the folder ``model_dir``; ``type_name`` goes into the metadata.
+
+    Raises ``ModelError`` as :func:`convert` does.
+    """
+    model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise ModelError("no such folder", file=model_dir)
     family = family_of(model_dir)
     # The tensors' shapes come first: they vouch for the sizes in the config before anything is built by them.
-    checkpoint = open_checkpoint(model_dir, family.config, options.k_order)
+    checkpoint = open_checkpoint(model_dir, family.config, k_order)
     sources = load_sources(family, checkpoint)
     vocab = load_vocab(model_dir, family.vocab_size)
+    vocab.specialize(family.spec.pretokenizers, family.spec.special_tokens)
 
     def set_metadata(writer: gguf.GGUFWriter) -> None:
-        write_metadata(writer, model_dir, family, vocab, sources, options.type)
+        write_metadata(writer, model_dir, family, vocab, sources, type_name)
         if checkpoint.residual_order is not None:
             writer.add_array(f"{family.arch_name}.residual_order", checkpoint.residual_order)
 
     files = [model_dir / "config.json", *checkpoint.files]
-    if not options.dry_run:
-        refuse_inputs([out], (path for path in model_dir.iterdir() if path.suffix != ".gguf"))  # tokenizers, ...
-    conversion = Conversion(Path(out), family.arch_name, sources, files, set_metadata, progress=progress)
-    return write_calibrated(conversion, options)
+    return Conversion(Path(out), family.arch_name, sources, files, set_metadata, progress=progress)
 
 
 def write_metadata(

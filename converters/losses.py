@@ -31,7 +31,7 @@ from ccq_format.errors import ImportanceError
 from ccq_format.gguf_io import TensorInfo, open_model
 
 from .allocate import role_of
-from .calibrate import CalibrationOptions
+from .calibration import CalibrationOptions
 from .collect import BATCH, Advance, GraphRun, name_of, weight_of
 from .evaluate import log_softmax
 from .gguf_sources import decode_rows

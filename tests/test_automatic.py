@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ccq_converters import automatic, collect, losses, stream
-from ccq_converters.calibrate import BUNDLED_TEXT
+from ccq_converters.calibration import BUNDLED_TEXT
 from ccq_converters.cli import main
 from ccq_converters.hf2gguf import convert
 from ccq_converters.options import QuantOptions

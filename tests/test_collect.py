@@ -20,7 +20,8 @@ from click.testing import CliRunner, Result
 
 from ccq_converters import collect, graph, imatrix, llama
 from ccq_converters.arch import family_of
-from ccq_converters.calibrate import BUNDLED_TEXT, CalibrationOptions, calibrate, load_windows
+from ccq_converters.calibrate import calibrate, load_windows
+from ccq_converters.calibration import BUNDLED_TEXT, CalibrationOptions
 from ccq_converters.cli import main
 from ccq_converters.collect import calibrate_gguf
 from ccq_converters.dequantize import dequantize

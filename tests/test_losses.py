@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from ccq_converters import imatrix, losses
-from ccq_converters.calibrate import CalibrationOptions
+from ccq_converters.calibration import CalibrationOptions
 from ccq_converters.cli import main
 from ccq_converters.collect import GraphRun, calibrate_gguf
 from ccq_converters.evaluate import log_softmax

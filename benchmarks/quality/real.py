@@ -42,7 +42,7 @@ from run import matrices_of
 import ccq_backend
 from ccq_converters import evaluate, imatrix, llama
 from ccq_converters.base_record import BaseLogits
-from ccq_converters.calibrate import BUNDLED_TEXT, CalibrationOptions
+from ccq_converters.calibration import BUNDLED_TEXT, CalibrationOptions
 from ccq_converters.collect import calibrate_file
 from ccq_converters.dequantize import dequantize
 from ccq_converters.hessian import Hessians

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol
 
@@ -165,6 +165,11 @@ class Spec:
     """Adds further metadata keys."""
     token_ids: Callable[[Family], dict[str, int]] | None = None
     """Special tokens (kind: id) that no file of the model names."""
+    pretokenizers: Mapping[str, str] = field(default_factory=dict)
+    """Other names for ways of cutting text into words, where llama.cpp has several for one and means the family by
+    this: what the name says beyond that, such as whether there is a BOS."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens (kind: text) that no file names as such, for vocabularies that have them."""
     ignored: str | None = None
     """Names (a regular expression) of tensors that llama.cpp has no use for."""
     calibrates: bool = False

@@ -90,4 +90,5 @@ LLAMA4 = Spec(
     ),
     check=_check,
     keys=_keys,
+    pretokenizers={"gpt-4o": "llama4"},
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 import gguf
 
-from .base import Family, Spec
+from .base import Family, Spec, plain_heads
 from .config import Config
 from .gemma import GEMMA3
 from .llama import LLAMA, MISTRAL
@@ -65,15 +65,17 @@ class Wrapper:
         return spec, Config(raw, config.file)
 
 
+def _sections(family: Family) -> list[int]:
+    return family.rope.sections(family.head_dim // 2)
+
+
 def _check_sections(family: Family) -> None:
-    pairs, sections = family.head_dim // 2, family.rope.params.get("mrope_section")
-    three = isinstance(sections, list) and len(sections) == 3 and all(isinstance(size, int) for size in sections)
-    if not three or sum(sections or ()) != pairs:
-        raise family.config.error(f"'mrope_section' must be three numbers of {pairs} pairs together: {sections!r}")
+    plain_heads(family)
+    _sections(family)
 
 
 def _write_sections(family: Family, writer: gguf.GGUFWriter) -> None:
-    writer.add_rope_dimension_sections([*family.rope.params["mrope_section"], 0])
+    writer.add_rope_dimension_sections(_sections(family))
 
 
 QWEN2_VL = replace(

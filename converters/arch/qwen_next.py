@@ -157,16 +157,15 @@ QWEN3_NEXT = Spec(
 
 
 def _sections(family: Family) -> list[int]:
-    """How many rotated pairs are for time, height and width.  Text has one position for all three, but a pair that
-    llama.cpp counts to none of them is not rotated.  Raises ``ModelError`` if there is one."""
+    """Rotated pairs for time, height and width, which take turns.  Text has one position for all three, but llama.cpp
+    rotates no pair whose turn comes after its section's end.  Raises ``ModelError`` if there is one."""
     pairs = family.rotary_dim // 2
-    sections = family.rope.params.get("mrope_section", [11, 11, 10])
-    fits = isinstance(sections, list) and len(sections) == 3 and all(isinstance(size, int) for size in sections)
-    if not fits or sum(sections) != pairs or any(pair >= 3 * sections[pair % 3] for pair in range(pairs)):
+    sections = family.rope.sections(pairs, [11, 11, 10])
+    if any(pair >= 3 * sections[pair % 3] for pair in range(pairs)):
         raise family.config.error(
-            f"'mrope_section' must be three numbers that {pairs} pairs alternate by: {sections!r}"
+            f"'mrope_section' {sections[:3]!r}: llama.cpp does not rotate all of {pairs} pairs by it"
         )
-    return [*sections, 0]
+    return sections
 
 
 def _check_sections(family: Family) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -303,8 +304,8 @@ def build(case: Case, folder: Path, vocab_size: int | None = None) -> None:
             "bos_token_id": 1 if spm else None,
             "eos_token_id": 2 if spm else 0,
             "pad_token_id": None,
-            "rope_parameters": DEFAULT_ROPE,
-            **case.config,
+            "rope_parameters": dict(DEFAULT_ROPE),
+            **copy.deepcopy(case.config),  # config classes write into their arguments
         }
     )
     torch.manual_seed(1)
