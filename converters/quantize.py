@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ccq_format.errors import TensorTypeError
 from ccq_format.gguf_io import Model, TensorInfo, open_model
+from ccq_format.output import refuse_inputs
 
 from .plan import COPIED_TYPES, PLAIN_TYPES, Plan, QuantOptions, TensorSource
 
@@ -35,8 +36,10 @@ def quantize(
     from .automatic import Conversion, write_calibrated  # which needs this module
 
     model = open_model(in_path)
-    sources = sources_of(model, allow_requantize)
     files = [Path(file) for file in model.files]
+    if not options.dry_run:
+        refuse_inputs([out_path], files)
+    sources = sources_of(model, allow_requantize)
     conversion = Conversion(
         Path(out_path), model.arch, sources, files, copy_from=model, runnable=Path(in_path), progress=progress
     )
