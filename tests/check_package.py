@@ -1,8 +1,8 @@
-"""Check what ``python -m build`` made: ``check_package.py DIST``.
+"""Check what ``python -m build`` made: ``check_package.py DIST [PYTHON...]``.
 
-The source archive has all that is compiled and installed and nothing else; the wheel says that it runs on every Python
-from 3.10 on, and does: it is installed, without its dependencies' own versions being looked at, into the environment of
-every Python that is given, and encodes and decodes a block there.
+The source archive has all that is compiled and installed, and nothing else.  The wheel says that it runs on every
+Python from 3.10 on, and does: it is installed into a new environment of every PYTHON that is given, by default this
+one, and encodes and decodes there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -19,14 +20,14 @@ TOP = {"CHANGELOG.md", "CMakeLists.txt", "LICENSE", "PKG-INFO", "README.md", "SE
 FOLDERS = {"backend", "ccq_format", "converters"}
 
 SMOKE = """
-import ccq_backend, numpy as np
+import sys, ccq_backend, numpy as np
 from ccq_format.layouts import LAYOUTS
 layout = next(l for l in LAYOUTS if l.name == "ccq_t2")
 x = np.random.default_rng(0).standard_normal((4, 256), dtype=np.float32)
 back = ccq_backend.decode(layout, ccq_backend.encode(layout, x))
 assert np.square(back - x).mean() < 0.1 * np.square(x).mean()
 assert ccq_backend.plugin_path().is_file()
-print(ccq_backend.__file__)
+print(sys.version, ccq_backend._ccq.__file__)
 """
 
 
@@ -60,7 +61,9 @@ if __name__ == "__main__":
     (wheel,) = Path(sys.argv[1]).glob("*.whl")
     check_source(source)
     check_wheel(wheel)
-    for python in sys.argv[2:]:
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--force-reinstall"]
-        subprocess.run([*install, "--no-deps", str(wheel)], check=True)
-        subprocess.run([python, "-c", SMOKE], check=True, cwd="/")
+    for python in sys.argv[2:] or [sys.executable]:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([python, "-m", "venv", folder], check=True)
+            install = [f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+            subprocess.run([*install, str(wheel.resolve())], check=True)
+            subprocess.run([f"{folder}/bin/python", "-c", SMOKE], check=True, cwd=folder)
