@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccq_format import layouts
-from ccq_format.errors import ImportanceError, WeightsError
+from ccq_format.errors import CudaError, ImportanceError, WeightsError
 
 from .plan import is_ccq
 
@@ -47,30 +47,65 @@ def check_weights(x: NDArray[np.float32], target: str, tensor: str) -> None:
         raise WeightsError(f"a weight of {max(-low, high):g} is too large for {target}", tensor=tensor)
 
 
+def require_device(device: str) -> None:
+    """Raise ``CudaError`` if ``device`` is a GPU and there is none to be used."""
+    if device == "cuda":
+        from ccq_backend import cuda
+
+        try:
+            cuda.require()
+        except CudaError as error:
+            hint = "without --device cuda the CPU encodes the same bytes"
+            raise CudaError(f"{error.reason}; {hint}", file=error.file) from None
+
+
+def on_gpu(target: str, device: str) -> bool:
+    """Whether rows of type ``target`` are encoded on a GPU: only the T types are."""
+    return device == "cuda" and is_ccq(target) and layouts.by_name(target).code.couples
+
+
+def encode_blocks(
+    layout: layouts.Layout,
+    x: NDArray[np.float32],
+    importance: NDArray[np.float32] | None,
+    threads: int,
+    effort: str,
+    device: str,
+    coupling: NDArray[np.float32] | None = None,
+) -> NDArray[np.uint8]:
+    """``ccq_backend.encode``, on ``device`` (``"cpu"`` or ``"cuda"``) where it can encode the type; the same bytes."""
+    # Imported here because plain conversions need no compiled kernels.
+    if on_gpu(layout.name, device):
+        from ccq_backend import cuda
+
+        return cuda.encode(layout, x, importance, effort, coupling)
+    import ccq_backend
+
+    blocks: NDArray[np.uint8] = ccq_backend.encode(
+        layout, x, importance=importance, threads=threads, effort=effort, coupling=coupling
+    )
+    return blocks
+
+
 def encode_rows(
     target: str,
     x: NDArray[np.float32],
     importance: NDArray[np.float32] | None = None,
     threads: int = 0,
     effort: str = "default",
+    device: str = "cpu",
 ) -> NDArray[np.uint8]:
     """Encode float32 ``[rows, row_len]`` to uint8 ``[rows, row_bytes]`` of type ``target``.
 
     ``importance`` is float32 ``[row_len]`` or ``[rows, row_len]`` and used by CCQ types only, ``threads`` <= 0 means
-    one per CPU.  The rows must be whole blocks of ``target`` and finite.
+    one per CPU, ``device`` is what encodes the T types.  The rows must be whole blocks of ``target`` and finite.
     """
     x = np.ascontiguousarray(x, dtype=np.float32)
     if is_ccq(target):
-        # Imported here because plain conversions need no compiled kernels.
-        import ccq_backend
-
         layout = layouts.by_name(target)
         weights = layout.code.error_weights(x, importance)
         raised = x * layout.code.gain(layout, weights)
-        blocks: NDArray[np.uint8] = ccq_backend.encode(
-            layout, raised, importance=weights, threads=threads, effort=effort
-        )
-        return blocks
+        return encode_blocks(layout, raised, weights, threads, effort, device)
     if target == "f32":
         return x.view(np.uint8)
     if target == "f16":

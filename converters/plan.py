@@ -96,7 +96,8 @@ class QuantOptions:
     weights take in 16 bits (see ``allocate``); exactly one of the four.
     ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
     errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
-    one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``calibrate`` lets
+    one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``), and
+    ``device`` where, ``"cpu"`` or ``"cuda"``; ``calibrate`` lets
     ``automatic`` measure the data that few bits need and that are not given, with ``feedback`` Hessians as well;
     ``force`` takes types that make no sense without importance data all the same; ``resume`` keeps what an interrupted
     conversion has encoded, and goes on there; no file of the output is larger than ``split_max_size`` bytes (see
@@ -108,6 +109,7 @@ class QuantOptions:
     overrides: list[tuple[str, str]] = field(default_factory=list)
     threads: int = 0
     effort: str = "default"
+    device: str = "cpu"
     fallback: bool = True
     overwrite: bool = False
     dry_run: bool = False
