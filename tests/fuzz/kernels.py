@@ -1,0 +1,3 @@
+from pathlib import Path
+def fuzz(state: Path, cases: int, run: int) -> int:
+    return 0
