@@ -15,13 +15,16 @@ from typing import Any, TypeVar
 import click
 
 import ccq_format
-from ccq_format.errors import CcqError
+from ccq_format.errors import CcqError, readable
 
 from . import hessian as hessians
 from . import imatrix as importance
 from .plan import KEEP, Plan, QuantOptions
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+MAX_NOTE = 2000
+"""Characters of a line on stderr: some of what it says comes from files."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -67,7 +70,7 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         kind = {logging.DEBUG: "", logging.INFO: "Note: "}.get(record.levelno, "Warning: ")
-        click.echo(f"{kind}{record.getMessage()}", err=True)
+        click.echo(f"{kind}{readable(record.getMessage(), MAX_NOTE)}", err=True)
 
 
 def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
@@ -75,7 +78,7 @@ def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
 
 
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    return readable(" ".join(str(message).split()), MAX_NOTE)
 
 
 def _overrides(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccq_format import layouts
-from ccq_format.errors import PlanError
+from ccq_format.errors import PlanError, readable
 
 from .hessian import Hessians
 from .imatrix import Importance
@@ -253,7 +253,7 @@ class Plan:
         for t in self.tensors:
             shape = " x ".join(map(str, t.source.shape))
             share = [f"{100 * t.loss / total:.2f} %" if t.loss is not None else ""] if total else []
-            rows.append([t.source.name, shape, t.source.source_type, t.type, f"{t.nbytes:,}", *share, t.reason])
+            rows.append([readable(t.source.name), shape, t.source.source_type, t.type, f"{t.nbytes:,}", *share, t.reason])
         last = len(rows[0]) - 1
         widths = [max(len(row[i]) for row in rows) for i in range(last)]
         lines = []

@@ -320,7 +320,11 @@ class Checkpoint:
             if Path(shard).name != shard or shard in ("", ".", ".."):
                 raise ModelError(f"names a file outside of the model folder: '{shard}'", file=index_path)
             path = self.model_dir / shard
-            if not path.is_file():
+            try:
+                found = path.is_file()
+            except OSError as error:  # no name that this system can have
+                raise ModelError(f"names a file that cannot be: {error}", file=index_path) from None
+            if not found:
                 lost = sum(value == shard for value in weight_map.values())
                 raise ModelError(f"the shard is missing; the index places {lost} tensors in it", file=path)
             self._open_shard(path)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ccq_format import layouts
+from ccq_format import codec, layouts
 from ccq_format._partial import partial_path
 from ccq_format.errors import CcqError, ImportanceError, PlanError
 from ccq_format.gguf_io import Model, ModelWriter, SplitWriter
@@ -352,7 +352,7 @@ def _note_importance(writer: gguf.GGUFWriter, importance: Importance) -> None:
 
 def progress_bar(wanted: bool) -> Progress:
     """A progress bar on stderr that goes away when it is done, or nothing at all where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     console = Console(stderr=True)
     return Progress(
         *columns,
@@ -371,7 +371,7 @@ def encoded_rows(
 
     ``errors``, if given, is told what they are decoded to if that is a CCQ type.
 
-    Raises ``WeightsError`` and ``ImportanceError``.
+    Raises ``WeightsError``, ``ImportanceError`` and, of blocks that are copied, ``BlockError``.
     """
     source = tensor.source
     if source.n_weights == 0:
@@ -393,7 +393,12 @@ def encoded_rows(
         if copied is not None:
             if tensor.type in ("f32", "f16", "bf16", "q8_0"):
                 check_weights(source.load_rows(start, stop), tensor.type, source.name)
-            yield copied(start, stop), weights
+            data = copied(start, stop)
+            if is_ccq(tensor.type):
+                layout = layouts.by_name(tensor.type)
+                first_block = start * source.row_len // layout.block_weights
+                codec.check_blocks(layout, data, tensor=source.name, first_block=first_block)
+            yield data, weights
             continue
         x = source.load_rows(start, stop)
         check_weights(x, tensor.type, source.name)

@@ -147,7 +147,10 @@ def _added_tokens(path: Path, tokenizer: dict[str, Any] | None, config: dict[str
     """Added tokens by id: those of tokenizer.json, then those of tokenizer_config.json."""
     entries: list[tuple[Any, Any]] = []
     if tokenizer is not None:
-        entries += [(e.get("id") if isinstance(e, dict) else None, e) for e in tokenizer.get("added_tokens") or []]
+        listed = tokenizer.get("added_tokens") or []
+        if not isinstance(listed, list):
+            raise ModelError(f"'added_tokens' must be a list, it is {listed!r}", file=path)
+        entries += [(e.get("id") if isinstance(e, dict) else None, e) for e in listed]
     decoder = config.get("added_tokens_decoder") or {}
     if isinstance(decoder, dict):
         entries += list(decoder.items())
@@ -257,7 +260,10 @@ def _base_vocab(path: Path, model: dict[str, Any], vocab_size: int) -> dict[str,
 
 def _merge_pairs(path: Path, model: dict[str, Any]) -> list[tuple[str, str]]:
     pairs = []
-    for merge in model.get("merges") or []:
+    merges = model.get("merges") or []
+    if not isinstance(merges, list) or len({isinstance(merge, str) for merge in merges}) > 1:
+        raise ModelError("'merges' must be a list of texts, or of pairs", file=path)
+    for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) for p in parts):
             raise ModelError(f"has a malformed merge: {merge!r}", file=path)
@@ -333,7 +339,8 @@ def _steps(spec: Any, key: str) -> list[dict[str, Any]]:
     if not isinstance(spec, dict):
         return [{"type": repr(spec)}]
     if spec.get("type") == "Sequence":
-        return [step for inner in spec.get(key) or [] for step in _steps(inner, key)]
+        inner = spec.get(key) or []
+        return [step for one in (inner if isinstance(inner, list) else [inner]) for step in _steps(one, key)]
     return [spec]
 
 

@@ -22,14 +22,15 @@ from unittest import mock
 import ccq_converters
 import ccq_format
 import click
-from ccq_converters import cli
-from ccq_format.errors import CcqError, CcqWarning
+from ccq_converters import cli, cost
+from ccq_format.errors import CcqError, CcqWarning, OutputError, WeightsError
 from ccq_format.gguf_io import open_model
 
 from .mutate import Files
 from .seeds import seed, write_files
 from .targets import Target
 
+MODELS = ("in/model.gguf", "in/model.safetensors")
 MAX_MESSAGE = 1500
 """Characters of an error; what a file says has to be cut."""
 
@@ -51,7 +52,7 @@ def judge(target: Target, files: Files, folder: Path) -> Verdict:
     write_files(files, folder)
     (folder / "tmp").mkdir()
     try:
-        with mock.patch.object(tempfile, "tempdir", str(folder / "tmp")):
+        with mock.patch.object(tempfile, "tempdir", str(folder / "tmp")), mock.patch.object(cost, "_SAMPLE", 1024):
             outcome, fault, detail = _run(target, folder)
             fault, detail = (fault, detail) if fault is not None else _left(target, files, folder, outcome == "ok")
         return Verdict(outcome, fault, detail.replace(str(folder), "."))
@@ -64,12 +65,12 @@ def _run(target: Target, folder: Path) -> tuple[str, str | None, str]:
     args = [f"{folder}/{arg}" if arg.startswith(("in/", "out/")) or arg == "in" else arg for arg in target.args]
     with _captured() as (printed, warned):
         try:
-            with cli.main.make_context("ccq-convert", args) as context:
+            with cli.main.make_context("ccq-convert", args, color=True) as context:  # as on a terminal: nothing is hidden
                 cli.main.invoke(context)
         except click.exceptions.Exit as error:
             cause = error.__context__
             if isinstance(cause, CcqError):
-                return type(cause).__name__, *_refusal(cause)
+                return type(cause).__name__, *_refusal(cause, target)
             return "error", _fault("not an error of ours", cause), _trace(cause)
         except click.ClickException as error:
             return type(error).__name__, None, ""
@@ -101,8 +102,12 @@ def _captured() -> Iterator[tuple[Any, list[type[Warning]]]]:
         yield printed, warned
 
 
-def _refusal(error: CcqError) -> tuple[str | None, str]:
+def _refusal(error: CcqError, target: Target) -> tuple[str | None, str]:
     message = cli._one_line(error)
+    if isinstance(error, WeightsError) and not any(name.startswith(target.damaged) for name in MODELS):
+        return f"{type(error).__name__} though the weights are intact: {_where(error)}", message
+    if isinstance(error, OutputError) and not target.resumes:
+        return f"the output cannot be written: {_where(error)}", message
     if error.file is None and error.tensor is None:
         return f"{type(error).__name__} without a place: {_where(error)}", message
     if not error.reason or len(message) > MAX_MESSAGE:

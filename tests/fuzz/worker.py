@@ -2,7 +2,8 @@
 
 ``{"index": i, "run": r, "kinds": [..]}`` makes an input and judges it, ``{"target": name}`` takes the intact one, or with
 ``"folder": path`` that which lies there.  Memory is limited to what some intact inputs take and ``ALLOWANCE``: an
-allocation above that is a ``MemoryError``, and so a failure of its input.
+allocation above that is a ``MemoryError``, and so a failure of its input.  An output above that cannot be written, which
+is a failure as well.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ def read_files(folder: Path) -> Files:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths)}
 
 
-def _address_space() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+def limit() -> None:
+    """From here on memory for ``ALLOWANCE`` more, and files that are no larger."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + ALLOWANCE, used + ALLOWANCE))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ALLOWANCE, ALLOWANCE))
 
 
 def main() -> None:
@@ -43,12 +47,12 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not look like a reply
-    with tempfile.TemporaryDirectory(prefix="ccq-fuzz-") as name:
+    in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing
+    with tempfile.TemporaryDirectory(prefix="ccq-fuzz-", dir=in_memory) as name:
         folder = Path(name)
         for group in targets().values():  # imports, caches, and pools of threads
             judge(group[0], seed(group[0].seed), folder)
-        limit = _address_space() + ALLOWANCE
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        limit()
         print("ready", file=replies)
         for line in sys.stdin:
             request = json.loads(line)
