@@ -211,7 +211,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTensor], 
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     tensors = {}
     path = Path(path)
     for name, info in header.items():

@@ -158,7 +158,7 @@ def _added_tokens(path: Path, tokenizer: dict[str, Any] | None, config: dict[str
     for key, entry in entries:
         try:
             token, content = int(key), entry["content"]
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             raise ModelError(f"has a malformed added token: {key!r}: {entry!r}", file=path) from None
         if not isinstance(content, str) or token < 0:
             raise ModelError(f"has a malformed added token: {key!r}: {entry!r}", file=path)
@@ -283,7 +283,7 @@ def _sentencepiece_json(path: Path, tokenizer: dict[str, Any], config: dict[str,
     for text, token in vocab.items():
         tokens[token], scores[token] = text, 0.0
         types[token] = TokenType.BYTE if _BYTE_TOKEN.fullmatch(text) else TokenType.NORMAL
-    if (unknown := model.get("unk_token")) in vocab:
+    if isinstance(unknown := model.get("unk_token"), str) and unknown in vocab:
         types[vocab[unknown]] = TokenType.UNKNOWN
     for rank, (left, right) in reversed(list(enumerate(_merge_pairs(path, model)))):
         if left + right in vocab:

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from ccq_converters import inspect, stream
-from ccq_format.errors import ModelError
 from fuzz import pool
 from fuzz.corpus import Case, cases, save
 from fuzz.formats import FORMATS
@@ -21,6 +18,9 @@ from fuzz.judge import judge
 from fuzz.minimise import minimise
 from fuzz.seeds import SEEDS, seed
 from fuzz.targets import Target, make_input, targets
+
+from ccq_converters import inspect, stream
+from ccq_format.errors import ModelError
 
 ALL = [target for group in targets().values() for target in group]
 
@@ -56,7 +56,9 @@ def test_inputs_are_the_same_in_every_process() -> None:
     )
     path = os.pathsep.join([str(pool.TESTS), *(p for p in sys.path if p)])
     digests = {
-        subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": h})
+        subprocess.check_output(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": h}
+        )
         for h in ("1", "2")
     }
     assert len(digests) == 1

@@ -22,7 +22,7 @@ from .minimise import minimise
 from .mutate import Files
 from .pool import Worker
 from .seeds import seed, write_files
-from .targets import Target, make_input, target_of, targets
+from .targets import Target, make_input, targets
 
 BATCH = 200
 """Inputs between two notes of what is done."""
@@ -132,7 +132,9 @@ def check(worker: Worker, target: Target, files: Files, folder: Path) -> str | N
 @click.option("--seed", "run", default=0, show_default=True, help="Number of the run: the same inputs every time.")
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(list(targets())), help="Only these inputs.  [all]")
 @click.option("--workers", default=len(os.sched_getaffinity(0)), help="Processes.  [one per CPU]")
-@click.option("--kernels", "cases", default=2000, show_default=True, help="Cases for each kernel set, under sanitizers.")
+@click.option(
+    "--kernels", "cases", default=2000, show_default=True, help="Cases for each kernel set, under sanitizers."
+)
 @click.option("--state", type=click.Path(path_type=Path), default=Path(".cache/fuzz"), show_default=True)
 def main(count: int, run: int, kinds: tuple[str, ...], workers: int, cases: int, state: Path) -> None:
     """Damage small inputs and run them through the commands; then run the C kernels under sanitizers.
@@ -149,7 +151,9 @@ def main(count: int, run: int, kinds: tuple[str, ...], workers: int, cases: int,
         Console(width=150).print(session.table())
     for fault, indices in session.faults.items():
         click.echo(f"{len(indices)} inputs, such as {indices[0]}: {fault}")
-    click.echo(f"{session.next - first:,} inputs in {time.monotonic() - start:.0f} s; {session.next:,} of the run in all")
+    click.echo(
+        f"{session.next - first:,} inputs in {time.monotonic() - start:.0f} s; {session.next:,} of the run in all"
+    )
     failed = kernels.fuzz(state, cases, run) if cases else 0
     sys.exit(1 if session.faults or failed else 0)
 

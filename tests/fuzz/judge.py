@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import click
+
 import ccq_converters
 import ccq_format
-import click
 from ccq_converters import cli, cost
 from ccq_format.errors import CcqError, CcqWarning, OutputError, WeightsError
 from ccq_format.gguf_io import open_model
@@ -65,7 +66,9 @@ def _run(target: Target, folder: Path) -> tuple[str, str | None, str]:
     args = [f"{folder}/{arg}" if arg.startswith(("in/", "out/")) or arg == "in" else arg for arg in target.args]
     with _captured() as (printed, warned):
         try:
-            with cli.main.make_context("ccq-convert", args, color=True) as context:  # as on a terminal: nothing is hidden
+            with cli.main.make_context(
+                "ccq-convert", args, color=True
+            ) as context:  # as on a terminal: nothing is hidden
                 cli.main.invoke(context)
         except click.exceptions.Exit as error:
             cause = error.__context__
@@ -98,7 +101,11 @@ def _captured() -> Iterator[tuple[Any, list[type[Warning]]]]:
         warned.append(category)
         click.echo(str(message), err=True)
 
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(cli, "_show_warning", show):
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(cli, "_show_warning", show),
+    ):
         yield printed, warned
 
 
@@ -116,7 +123,7 @@ def _refusal(error: CcqError, target: Target) -> tuple[str | None, str]:
 
 
 def _readable(text: str) -> tuple[str | None, str]:
-    if any(ord(c) < 32 and c not in "\n\t" or 126 < ord(c) < 160 for c in text):
+    if any((ord(c) < 32 and c not in "\n\t") or 126 < ord(c) < 160 for c in text):
         return "prints control characters", ascii(text)[:MAX_MESSAGE]
     return None, ""
 

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import ccq_backend
 import click
+
+import ccq_backend
 
 HERE = Path(__file__).parent
 BATCH = 100

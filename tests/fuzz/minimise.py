@@ -33,12 +33,14 @@ def minimise(files: Files, intact: Files, fails: Callable[[Files], bool]) -> Fil
             candidate |= {name: intact[name]} if name in intact else {}
             files = candidate if trial(candidate) else files
     for name in [name for name in files if files[name] != intact.get(name)]:
-        if name.endswith(".json"):
-            files = _fewer_values(files, name, trial)
-        else:
-            shrunk = ddmin(list(files[name]), lambda part, name=name: trial({**files, name: bytes(part)}))  # type: ignore[misc]
-            files = {**files, name: bytes(shrunk)}
+        fewer = _fewer_values if name.endswith(".json") else _fewer_bytes
+        files = fewer(files, name, trial)
     return files
+
+
+def _fewer_bytes(files: Files, name: str, fails: Callable[[Files], bool]) -> Files:
+    shrunk = ddmin(list(files[name]), lambda part: fails({**files, name: bytes(part)}))
+    return {**files, name: bytes(shrunk)}
 
 
 def ddmin(items: Sequence[_T], fails: Callable[[Sequence[_T]], bool]) -> Sequence[_T]:

@@ -22,8 +22,38 @@ INTEGERS = [0, 1, -1, 2, 3, 7, 31, 63, 64, 65, 127, 128, 255, 256, 1000, 32767, 
 INTEGERS += [1 << 31, (1 << 32) - 1, 1 << 32, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, -(1 << 31), -(1 << 63)]
 FLOATS = [0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, 1e-38, 1e30, 3.4e38, 1e39, -1e39, 1e308, 5e-324]
 FLOATS += [float("nan"), float("inf"), float("-inf")]
-TEXTS = ["", " ", "\0", "a", "\n", "a\0b", "..", "../../x", "/dev/null", "\x1b[31m", "\ud800", "\u2581", "🦙", "x" * 300]
-TEXTS += ["x" * 5000, "%s%n", "{0}", "0", "1e999", "null", "<s>", "F32", "BF16", "F8_E4M3", "I64", "(", "[a-", "__class__"]
+TEXTS = [
+    "",
+    " ",
+    "\0",
+    "a",
+    "\n",
+    "a\0b",
+    "..",
+    "../../x",
+    "/dev/null",
+    "\x1b[31m",
+    "\ud800",
+    "\u2581",
+    "🦙",
+    "x" * 300,
+]
+TEXTS += [
+    "x" * 5000,
+    "%s%n",
+    "{0}",
+    "0",
+    "1e999",
+    "null",
+    "<s>",
+    "F32",
+    "BF16",
+    "F8_E4M3",
+    "I64",
+    "(",
+    "[a-",
+    "__class__",
+]
 OTHERS: list[Any] = [None, True, False, [], {}, [[]], [None], {"": {}}, [[[[[[[[]]]]]]]]]
 
 
@@ -122,7 +152,9 @@ def _tweaked(old: Any, rng: random.Random) -> Any:
         return mutate_bytes(old, rng)
     assert isinstance(old, str)
     at = rng.randrange(len(old) + 1)
-    return rng.choice([old[:at], old[:at] + rng.choice(TEXTS) + old[at:], old + "x", old.upper(), old[1:], rng.choice(words())])
+    return rng.choice(
+        [old[:at], old[:at] + rng.choice(TEXTS) + old[at:], old + "x", old.upper(), old[1:], rng.choice(words())]
+    )
 
 
 # --- bytes ----------------------------------------------------------------------------------------------------------

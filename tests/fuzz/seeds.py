@@ -15,8 +15,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
-import ccq_backend
 import numpy as np
+from gguf import GGMLQuantizationType, quants
+from sentencepiece import sentencepiece_model_pb2
+
+import ccq_backend
 from ccq_converters import cli, stream
 from ccq_converters.arch import FAMILIES, Config, Family
 from ccq_converters.hessian import HessianWriter
@@ -24,8 +27,6 @@ from ccq_converters.imatrix import Entry, Importance, fill
 from ccq_converters.pretokenizer import _NAMES
 from ccq_format import layouts
 from ccq_format.gguf_io import ModelWriter, SplitWriter
-from gguf import GGMLQuantizationType, quants
-from sentencepiece import sentencepiece_model_pb2
 
 from .mutate import Files
 
@@ -180,7 +181,13 @@ def _sentencepiece() -> Files:
     for i, piece in enumerate(["<unk>", "<s>", "</s>", "<0x41>", *_LETTERS, "\u2581a"]):
         kind = {"<unk>": 2, "<s>": 3, "</s>": 3, "<0x41>": 6}.get(piece, 1)
         proto.pieces.add(piece=piece, score=-float(i), type=kind)
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_prefix_space": None, "legacy": False}
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "add_bos_token": True,
+        "add_prefix_space": None,
+        "legacy": False,
+    }
     return {
         "in/tokenizer.model": proto.SerializeToString(),
         "in/tokenizer_config.json": json.dumps(settings).encode(),
@@ -224,9 +231,12 @@ def _sharded() -> Files:
     shards = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
     index = {"metadata": {"total_size": 1}, "weight_map": {n: file for file, part in shards.items() for n in part}}
     files = {f"in/{file}": _safetensors({n: tensors[n] for n in part}) for file, part in shards.items()}
-    return {"in/config.json": json.dumps(_BASE).encode()} | files | _tokenizer() | {
-        "in/model.safetensors.index.json": json.dumps(index).encode()
-    }
+    return (
+        {"in/config.json": json.dumps(_BASE).encode()}
+        | files
+        | _tokenizer()
+        | {"in/model.safetensors.index.json": json.dumps(index).encode()}
+    )
 
 
 def _quantized(settings: dict[str, Any], parts: Callable[..., dict[str, tuple[str, tuple[int, ...], bytes]]]) -> Files:

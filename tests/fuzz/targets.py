@@ -47,7 +47,9 @@ def _targets() -> list[Target]:
         Target("quantize", "gguf-plain", (*convert, "--type", "t1_5_m", "--force")),
         Target("quantize", "gguf-plain", (*convert, "--type", "t2", "--dry-run")),
         Target("quantize", "gguf-types", (*convert, "--type", "t3", "--allow-requantize")),
-        Target("quantize", "gguf-types", (*convert, "--type", "q4_0", "--allow-requantize", "--split-max-size", "6000")),
+        Target(
+            "quantize", "gguf-types", (*convert, "--type", "q4_0", "--allow-requantize", "--split-max-size", "6000")
+        ),
         Target("dequantize", "gguf-types", ("dequantize", model, *_OUT, "--type", "f32")),
         Target("dequantize", "gguf-types", ("dequantize", model, *_OUT, "--type", "f16")),
         Target("split", "gguf-split", ("inspect", first)),

@@ -1,9 +1,9 @@
 """The process that runs commands: a request and a verdict per line, each as JSON.
 
-``{"index": i, "run": r, "kinds": [..]}`` makes an input and judges it, ``{"target": name}`` takes the intact one, or with
-``"folder": path`` that which lies there.  Memory is limited to what some intact inputs take and ``ALLOWANCE``: an
-allocation above that is a ``MemoryError``, and so a failure of its input.  An output above that cannot be written, which
-is a failure as well.
+``{"index": i, "run": r, "kinds": [..]}`` makes an input and judges it, ``{"target": name}`` takes the intact one, or
+with ``"folder": path`` that which lies there.  Memory is limited to what some intact inputs take and ``ALLOWANCE``: an
+allocation above that is a ``MemoryError``, and so a failure of its input.  An output of more than ``ALLOWANCE`` cannot
+be written, which is a failure as well.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ def main() -> None:
             else:
                 target = target_of(request["target"])
                 files = read_files(Path(request["folder"])) if "folder" in request else seed(target.seed)
-            print(json.dumps({"target": target.name, "kind": target.kind, **asdict(judge(target, files, folder))}), file=replies)
+            print(
+                json.dumps({"target": target.name, "kind": target.kind, **asdict(judge(target, files, folder))}),
+                file=replies,
+            )
 
 
 if __name__ == "__main__":
