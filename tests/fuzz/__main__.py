@@ -132,9 +132,7 @@ def check(worker: Worker, target: Target, files: Files, folder: Path) -> str | N
 @click.option("--seed", "run", default=0, show_default=True, help="Number of the run: the same inputs every time.")
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(list(targets())), help="Only these inputs.  [all]")
 @click.option("--workers", default=len(os.sched_getaffinity(0)), help="Processes.  [one per CPU]")
-@click.option(
-    "--kernels", "cases", default=2000, show_default=True, help="Cases for each kernel set, under sanitizers."
-)
+@click.option("--kernels", "cases", default=500, show_default=True, help="Cases for each kernel set, under sanitizers.")
 @click.option("--state", type=click.Path(path_type=Path), default=Path(".cache/fuzz"), show_default=True)
 def main(count: int, run: int, kinds: tuple[str, ...], workers: int, cases: int, state: Path) -> None:
     """Damage small inputs and run them through the commands; then run the C kernels under sanitizers.
