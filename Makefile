@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 AMX := $(shell echo | $(or $(CXX),c++) -march=native -dM -E - 2>/dev/null | grep -c __AMX_INT8__)
 INSTALL_LLAMA := $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(INSTALL)
 
-.PHONY: setup demo test test-slow fuzz test-upstream test-isa fork test-fork upstream-check bench quality-real cuda bench-cuda generate vectors check format clean
+.PHONY: setup demo test test-slow fuzz test-upstream test-isa fork test-fork test-hosts upstream-check bench quality-real cuda bench-cuda generate vectors check format clean
 
 setup: .venv/.llama ## install the package and llama.cpp into .venv
 
@@ -43,7 +43,8 @@ bench: .venv/.llama ## kernels alone, then tokens per second in llama.cpp, all t
 quality-real: .venv/.llama ## SmolLM2-135M and Gemma 3 270M in every type, beside llama.cpp and ik_llama.cpp (hours; goes on where it stopped)
 	$(INSTALL) '.[bench]'
 	for model in smollm2-135m gemma3-270m; do \
-		$(BIN)/python benchmarks/quality/real.py $$model --csv benchmarks/results/quality-$$model.csv --readme README.md || exit 1; \
+		$(BIN)/python benchmarks/quality/real.py $$model --csv benchmarks/results/quality-$$model.csv --sizes README.md \
+			--widths docs/quality.md || exit 1; \
 	done
 
 TREE ?= llama-cpp-python
@@ -54,6 +55,9 @@ fork: .venv/.llama ## compile the types into llama.cpp (10 to 30 minutes); backe
 
 test-fork: .venv/.test ## test what `make fork` compiled
 	$(BIN)/pytest -m fork tests/fork
+
+test-hosts: .venv/.test ## the plugin in other people's llama.cpp: Debian's newest, wheels of the package index, a fork
+	$(BIN)/pytest -m hosts -rPs tests/hosts
 
 upstream-check: .venv/.test ## whether the newest archives on the package index still fit the integration and the plugin
 	$(BIN)/python tests/upstream_diff/check.py

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ccq_converters import imatrix
-from ccq_converters.calibrate import CalibrationOptions
+from ccq_converters.calibration import CalibrationOptions
 from ccq_converters.collect import calibrate_gguf
 from ccq_converters.evaluate import evaluate, read_text
 from ccq_converters.hessian import Hessians

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ccq_converters.arch import family_of
-from ccq_converters.hf2gguf import load_sources
-from ccq_converters.plan import QuantOptions, make_plan
+from ccq_converters.folder_sources import load_sources
+from ccq_converters.options import QuantOptions
+from ccq_converters.plan import make_plan
 from ccq_converters.sources import open_checkpoint
 from ccq_format.layouts import LAYOUTS
 

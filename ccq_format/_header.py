@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from ._unchanged import FileState
 from .errors import (
     AlignmentError,
     FeatureError,
@@ -105,6 +106,8 @@ class Header:
     alignment: int
     spec_version: str | None
     encoder: str | None
+    state: FileState
+    """Of the file when the header was read."""
 
 
 class _Cursor:
@@ -240,12 +243,13 @@ def validate_header(path: str | os.PathLike[str]) -> Header:
         raise InputError("is no regular file", file=name)  # opening a pipe would block
     try:
         with open(name, "rb", buffering=1 << 16) as stream:
-            return _read_header(_Cursor(stream, os.fstat(stream.fileno()).st_size, name))
+            state = FileState.of(stream)
+            return _read_header(_Cursor(stream, state.size, name), state)
     except OSError as error:
         raise InputError(error.strerror or str(error), file=name) from error
 
 
-def _read_header(cursor: _Cursor) -> Header:
+def _read_header(cursor: _Cursor, state: FileState) -> Header:
     version = _read_version(cursor)
     n_tensors = cursor.unpack("<Q", "the tensor count")
     n_keys = cursor.unpack("<Q", "the key count")
@@ -262,7 +266,7 @@ def _read_header(cursor: _Cursor) -> Header:
         raise HeaderError(f"{ENCODER_KEY} is no string", file=cursor.path)
     entries = [_read_tensor(cursor, index) for index in range(n_tensors)]
     tensors = _place_tensors(cursor, entries, alignment)
-    return Header(version, fields, tensors, alignment, spec_version, encoder.value if encoder else None)
+    return Header(version, fields, tensors, alignment, spec_version, encoder.value if encoder else None, state)
 
 
 def _read_version(cursor: _Cursor) -> int:

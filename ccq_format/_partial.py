@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import CcqWarning, OutputError
+from .output import OutputFile, sync_folder
 
 _VERSION = 2
 _CHUNK = 1 << 22
@@ -37,30 +38,38 @@ def partial_path(target: str | os.PathLike[str]) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-class Partial:
-    """The two files of one target.  :meth:`open` first; then :meth:`write` and :meth:`complete` for every tensor that
-    is not among the first :attr:`done`, the first of them from byte :attr:`written` on, with :meth:`checkpoint` in
-    between where that is worth it; then :meth:`sync`, renaming :attr:`path`, and :meth:`finish`.  :meth:`release`
-    instead of the last three keeps the files if the journal names anything."""
+class Partial(OutputFile):
+    """The two files of one target.  :meth:`resume` first, instead of ``open``; then :meth:`write` and :meth:`note` for
+    every tensor that is not among the first :attr:`done`, the first of them from byte :attr:`written` on, with
+    :meth:`checkpoint` in between where that is worth it; then ``close``.  ``abort`` keeps the files if the journal
+    names anything."""
 
-    def __init__(self, target: Path, job: Mapping[str, str]) -> None:
-        """``job`` maps what the target depends on to its value, both in words for people."""
-        self.path = partial_path(target)
+    def __init__(self, target: Path, job: Mapping[str, str], overwrite: bool) -> None:
+        """``job`` maps what the target depends on to its value, both in words for people.  Raises ``OutputError`` as
+        ``OutputFile`` does."""
+        super().__init__(target, overwrite=overwrite)
         self.done = 0
         self.written = 0
         self._job = dict(job)
-        self._journal_path = self.path.with_name(self.path.name + ".journal")
-        self._file: BinaryIO | None = None
+        self._hidden: Path = partial_path(target)
+        self._journal_path = self._hidden.with_name(self._hidden.name + ".journal")
         self._journal: BinaryIO | None = None
         self._crc = 0
 
-    def open(self, header: bytes, tensors: Sequence[tuple[str, int]]) -> None:
-        """Find out how much is there and stand behind it; ``tensors`` are names and sizes with padding.
+    def resume(self, header: bytes, tensors: Sequence[tuple[str, int]], job: Mapping[str, str]) -> None:
+        """Find out how much is there and stand behind it; ``tensors`` are names and sizes with padding, ``job`` adds to
+        what the target depends on.
 
         Warns with ``CcqWarning`` if a tensor in the journal does not have its bytes.  Raises ``OutputError`` if another
-        process has the file, if it is of another job, or if its journal is lost; the files then stay as they are.
-        ``OSError`` if the system refuses.
+        process has the file, if it is of another job, or if its journal is lost; the files then stay as they are.  The
+        same if the system refuses.
         """
+        self._job.update(job)
+        self.remove_leftovers()
+        with self.errors():
+            self._resume(header, tensors)
+
+    def _resume(self, header: bytes, tensors: Sequence[tuple[str, int]]) -> None:
         file = self._locked()
         try:
             size = os.fstat(file.fileno()).st_size
@@ -69,20 +78,20 @@ class Partial:
                 raise OutputError(
                     f"{self._journal_path.name}, which tells what is complete, is missing or damaged: "
                     "remove this file to start again",
-                    file=self.path,
+                    file=self._hidden,
                 )
             if records and job is not None and job != self._job:
                 raise OutputError(
                     f"is of another job: {_differences(job, self._job)}; give the first command again, or remove this "
                     "file to start again",
-                    file=self.path,
+                    file=self._hidden,
                 )
             found = _verify(file, header, tensors, records)
             if found.records < len(records):
                 warnings.warn(
-                    f"{self.path}: damaged; what follows its first {found.done} tensors is encoded again",
+                    f"{self._hidden}: damaged; what follows its first {found.done} tensors is encoded again",
                     CcqWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             # From here on the files are ours to change.
             self._file, self.done, self.written, self._crc = file, found.done, found.written, found.crc
@@ -102,52 +111,49 @@ class Partial:
             file.seek(0)
             file.write(header)
         self.sync()
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the two names
-        finally:
-            os.close(folder)
+        sync_folder(self.path.parent)  # the two names
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append bytes of the current tensor."""
-        assert self._file is not None
-        self._file.write(data)
+        """Append bytes of the current tensor.  Raises ``OutputError``."""
+        super().write(data)
         self._crc = zlib.crc32(data, self._crc)
 
-    def complete(self, name: str) -> None:
-        """The tensor ``name`` and its padding have been written."""
+    def note(self, name: str) -> None:
+        """The tensor ``name`` and its padding have been written.  Raises ``OutputError``."""
         self.sync()
         self._note({"tensor": name, "crc32": self._crc})
         self._crc = self.written = 0
         self.done += 1
 
     def checkpoint(self, name: str, written: int) -> None:
-        """The first ``written`` bytes of the tensor ``name`` have been written."""
+        """The first ``written`` bytes of the tensor ``name`` have been written.  Raises
+        ``OutputError``."""
         self.sync()
         self._note({"tensor": name, "bytes": written, "crc32": self._crc})
         self.written = written
 
-    def sync(self) -> None:
-        """Wait until everything written is on disk."""
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def unpublish(self) -> None:
+        """Take ``publish`` back, if it has happened and nobody else has replaced the file."""
+        if self.is_published():
+            with contextlib.suppress(OSError):
+                os.replace(self.path, self._hidden)
 
-    def finish(self) -> None:
-        """After :attr:`path` has been renamed: remove the journal and give up the lock."""
+    def settle(self) -> None:
+        """After ``publish``: remove the journal and give up the lock."""
         with contextlib.suppress(OSError):  # the target is complete, and without the other file this one means nothing
             os.unlink(self._journal_path)
-        self._close()
+        self._release()
 
-    def release(self) -> None:
-        """Give up the lock, keeping the files if the journal names anything.  Does nothing before :meth:`open`."""
+    def abort(self) -> None:
+        """Give up the lock, keeping the files if the journal names anything.  Does nothing before :meth:`resume` and
+        after ``close``."""
         if self._file is not None and not (self.done or self.written):
-            for path in (self.path, self._journal_path):
+            for path in (self._hidden, self._journal_path):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
-        self._close()
+        self._release()
 
-    def _close(self) -> None:
+    def _release(self) -> None:
         for file in (self._journal, self._file):  # the lock last
             if file is not None:
                 with contextlib.suppress(OSError):  # a full disk fails the last flush again
@@ -158,16 +164,16 @@ class Partial:
         import fcntl  # Unix only, as nothing else here is
 
         while True:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            file: BinaryIO = os.fdopen(os.open(self.path, flags, 0o666), "r+b")
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            file: BinaryIO = os.fdopen(os.open(self._hidden, flags, 0o666), "r+b")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Its last owner may have renamed or removed the file between open and lock.
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self._hidden)):
                     return file
             except BlockingIOError:
                 file.close()
-                raise OutputError("another process is writing this file", file=self.path) from None
+                raise OutputError("another process is writing this file", file=self._hidden) from None
             except FileNotFoundError:
                 pass
             except BaseException:
@@ -177,9 +183,10 @@ class Partial:
 
     def _note(self, entry: dict[str, Any]) -> None:
         assert self._journal is not None
-        self._journal.write(json.dumps(entry).encode() + b"\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        with self.errors():
+            self._journal.write(json.dumps(entry).encode() + b"\n")
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
 
 
 @dataclass(frozen=True)

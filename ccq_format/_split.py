@@ -16,9 +16,9 @@ import gguf
 import numpy as np
 
 from ._header import ALIGNMENT_KEY, Header, validate_header
-from ._target import Output
 from ._writer import ModelWriter
-from .errors import HeaderError, InputError, PlanError
+from .errors import HeaderError, InputError, OutputError, PlanError
+from .output import Output
 
 if TYPE_CHECKING:
     from .gguf_io import Model
@@ -235,22 +235,27 @@ class SplitWriter(Output):
         self._go_on()
 
     def close(self) -> None:
-        """Complete all files and rename them, the first one last.  Raises what ``ModelWriter.close`` does."""
+        """Complete all files and give them their names, the first one last.
+
+        Raises what ``ModelWriter.close`` does, and ``OutputError`` if another process writes the same files: no reader
+        may find parts of two models together.
+        """
         if not self._parts:
             self.begin()
-        renamed: list[ModelWriter] = []
         try:
             for part in self._parts:
                 part.complete()
-            if len(self._parts) > 1:  # no reader may find old and new files together
+            if len(self._parts) > 1 and self._overwrite:  # no reader may find old and new files together
                 self._parts[0].path.unlink(missing_ok=True)
             for part in reversed(self._parts):
-                renamed.append(part)
                 part.publish()
+            for part in self._parts if len(self._parts) > 1 else ():
+                if not part.is_published():
+                    raise OutputError("another process has written this file meanwhile", file=part.path)
             for part in self._parts:
                 part.settle()
         except BaseException:
-            for part in renamed:
+            for part in self._parts:  # the first one first
                 part.unpublish()
             raise
         finally:
@@ -260,6 +265,3 @@ class SplitWriter(Output):
         """See ``ModelWriter.abort``."""
         for part in self._parts:
             part.abort()
-
-    def __enter__(self) -> SplitWriter:
-        return self

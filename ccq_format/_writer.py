@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import gguf
 import numpy as np
@@ -18,9 +17,9 @@ from gguf.gguf_writer import WriterState
 
 from ._header import ALIGNMENT_KEY, ENCODER_KEY, MAX_NAME_BYTES, SPEC_VERSION_KEY
 from ._partial import DIGEST, Partial
-from ._target import Target
 from .errors import AlignmentError, PlanError, ShapeError
 from .layouts import LAYOUTS, SPEC_VERSION
+from .output import Output, OutputFile
 
 if TYPE_CHECKING:
     from .gguf_io import Model
@@ -61,14 +60,13 @@ class _GgufWriter(gguf.GGUFWriter):
         return super()._pack_val(val, vtype, add_vtype, sub_type)
 
 
-class ModelWriter(Target):
+class ModelWriter(Output):
     """Writes one GGUF file, holding no more than the chunk being written.
 
     Order of calls: metadata (through :attr:`gguf` and :meth:`copy_metadata`) and :meth:`add_tensor` for every tensor,
     then :meth:`begin`, then :meth:`write` for every tensor (empty ones, too) in the order of their declaration.
-    Leaving the ``with`` block completes the file: data is synced to disk and the temporary file ``.NAME.xxxx.tmp`` in
-    the target's folder is renamed to the target.  Leaving it by any exception (``KeyboardInterrupt`` included) removes
-    the temporary file and leaves the target as it was::
+    Leaving the ``with`` block completes the file: data is synced to disk, and the file gets its name (see ``output``).
+    Leaving it by any exception (``KeyboardInterrupt`` included) leaves the target as it was, and nothing else::
 
         with ModelWriter("out.gguf", "llama") as out:
             out.gguf.add_block_count(2)
@@ -87,31 +85,36 @@ class ModelWriter(Target):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | OutputFile,
         arch: str,
         *,
         overwrite: bool = False,
         encoder: str | None = None,
         job: Mapping[str, str] | None = None,
     ) -> None:
-        """``arch`` becomes ``general.architecture`` (an empty string leaves the key out); ``encoder`` is the value of
-        ``ccq.encoder``, by default this package's name and version; ``job`` is everything else that the tensors'
-        bytes depend on, as names and values for people.  No file is created before :meth:`begin`.
+        """``path`` may be an ``OutputFile`` that is not open yet (then ``overwrite`` is its own).  ``arch`` becomes
+        ``general.architecture`` (an empty string leaves the key out); ``encoder`` is the value of ``ccq.encoder``, by
+        default this package's name and version; ``job`` is everything else that the tensors' bytes depend on, as names
+        and values for people.  No file is created before :meth:`begin`.
 
         Raises:
             OutputError: the target exists and ``overwrite`` is false, it is a folder, or its folder is missing.
         """
         from . import __version__
 
-        super().__init__(path, overwrite)
+        self._partial: Partial | None = None
+        if isinstance(path, OutputFile):
+            self._output = path
+        elif job is None:
+            self._output = OutputFile(path, overwrite=overwrite)
+        else:
+            self._output = self._partial = Partial(Path(path), job, overwrite)
+        self.path = self._output.path
         self.encoder = encoder if encoder is not None else f"ccq {__version__}"
         self.gguf: gguf.GGUFWriter = _GgufWriter(None, arch)
         """Takes metadata: every ``add_*`` call of ``gguf.GGUFWriter``.  Leave tensors and files to this class."""
         self.header_bytes = 0
         """Bytes before the first tensor, padding included; known after :meth:`begin`."""
-        self._job = job
-        self._partial: Partial | None = None
-        self._file: BinaryIO | None = None
         self._sizes: dict[str, tuple[GGMLQuantizationType, int]] = {}
         self._order: list[str] = []
         self._current = 0
@@ -119,6 +122,11 @@ class ModelWriter(Target):
         self._state = "declaring"
         self.signed = False
         """Whether the ``ccq.*`` keys are written: as soon as a CCQ tensor is declared."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The file that will appear."""
+        return [self.path]
 
     @property
     def completed(self) -> int:
@@ -216,20 +224,15 @@ class ModelWriter(Target):
         header = metadata + tensors
         header += self._padding(len(header))
         self.header_bytes = len(header)
-        try:
-            if self._job is not None:
-                digests = (DIGEST + hashlib.sha256(part).hexdigest() for part in (metadata, tensors))
-                job = {**self._job, "encoder": self.encoder, **dict(zip(_DIGESTED, digests, strict=True))}
-                self._partial = Partial(self.path, job)
-                sizes = [(name, size + len(self._padding(size))) for name, (_, size) in self._sizes.items()]
-                self._partial.open(header, sizes)
-                self._current, self._written = self._partial.done, self._partial.written
-            else:
-                self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by close() and abort()
-                self._file.write(header)
-                self._file.flush()
-        except OSError as error:
-            raise self._output_error(error) from error
+        if self._partial is not None:
+            digests = (DIGEST + hashlib.sha256(part).hexdigest() for part in (metadata, tensors))
+            sizes = [(name, size + len(self._padding(size))) for name, (_, size) in self._sizes.items()]
+            job = {"encoder": self.encoder, **dict(zip(_DIGESTED, digests, strict=True))}
+            self._partial.resume(header, sizes, job)
+            self._current, self._written = self._partial.done, self._partial.written
+        else:
+            self._output.open()
+            self._output.write(header)
 
     def write(self, name: str, data: np.ndarray) -> None:
         """Append ``data`` to tensor ``name``: its stored bytes, or a chunk of whole rows of them.
@@ -251,22 +254,19 @@ class ModelWriter(Target):
             raise ValueError(f"tensor '{name}': data of type {data.dtype} for a tensor of type {kind.name.lower()}")
         if self._written + data.nbytes > nbytes:
             raise ValueError(f"tensor '{name}': {self._written + data.nbytes} bytes written, it has {nbytes}")
-        try:
-            self._put(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
-            self._written += data.nbytes
-            if self._partial is not None and self._partial.written + _CHECKPOINT <= self._written < nbytes:
-                self._partial.checkpoint(name, self._written)
-            if self._written == nbytes:
-                self._put(self._padding(nbytes))
-                if self._partial is not None:
-                    self._partial.complete(name)
-                self._current += 1
-                self._written = 0
-        except OSError as error:
-            raise self._output_error(error) from error
+        self._output.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+        self._written += data.nbytes
+        if self._partial is not None and self._partial.written + _CHECKPOINT <= self._written < nbytes:
+            self._partial.checkpoint(name, self._written)
+        if self._written == nbytes:
+            self._output.write(self._padding(nbytes))
+            if self._partial is not None:
+                self._partial.note(name)
+            self._current += 1
+            self._written = 0
 
     def close(self) -> None:
-        """Complete the file: sync it, and rename it to the target.
+        """Complete the file: sync it, and give it its name.
 
         Raises:
             OutputError: the target has appeared meanwhile and ``overwrite`` is false, or the system refuses.
@@ -287,53 +287,32 @@ class ModelWriter(Target):
             self.begin()
         if not self.is_complete:
             raise ValueError(f"tensor '{self._order[self._current]}' is incomplete")
-        self._check_target()
-        try:
-            if self._partial is not None:
-                self._partial.sync()
-            elif self._file is not None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._output_error(error) from error
+        self._output.complete()
 
     def publish(self) -> None:
-        """The second third of :meth:`close`: rename the file to the target."""
-        try:
-            os.replace(self._hidden, self.path)
-        except OSError as error:
-            raise self._output_error(error) from error
+        """The second third of :meth:`close`: give the file its name."""
+        self._output.publish()
 
     def unpublish(self) -> None:
         """Take :meth:`publish` back, if it has happened."""
-        if not self._hidden.exists():
-            with contextlib.suppress(OSError):
-                os.replace(self.path, self._hidden)
+        self._output.unpublish()
+
+    def is_published(self) -> bool:
+        """Whether the file is the one that has the name."""
+        return self._output.is_published()
 
     def settle(self) -> None:
         """The last third of :meth:`close`: nothing but the target is left."""
         self._state = "closed"
-        if self._partial is not None:
-            self._partial.finish()
-        if self._file is not None:
-            self._file.close()
+        self._output.settle()
 
     def abort(self) -> None:
-        """Give up: remove the temporary file, or with a job leave it to the next writer if something is complete.  Does
-        nothing after a successful :meth:`close`."""
+        """Give up: remove the file, or with a job leave it to the next writer if something is complete.  Does nothing
+        after a successful :meth:`close`."""
         if self._state in ("closed", "aborted"):
             return
         self._state = "aborted"
-        if self._partial is not None:
-            self._partial.release()
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk fails the last flush again
-                self._file.close()
-        with contextlib.suppress(OSError):
-            os.unlink(self._temporary)
-
-    def __enter__(self) -> ModelWriter:
-        return self
+        self._output.abort()
 
     def metadata_bytes(self) -> int:
         """Bytes that counts and metadata take, as far as they are declared."""
@@ -353,17 +332,6 @@ class ModelWriter(Target):
         self.gguf.fout = None
         return buffer.getvalue()[:at], buffer.getvalue()[at:]
 
-    @property
-    def _hidden(self) -> Path:
-        """Where the file is before it has its name."""
-        return self._partial.path if self._partial is not None else self._temporary
-
     def _padding(self, size: int) -> bytes:
         """What follows ``size`` bytes up to the next multiple of the alignment."""
         return bytes(-size % self.gguf.data_alignment)
-
-    def _put(self, data: bytes | memoryview) -> None:
-        if self._partial is not None:
-            self._partial.write(data)
-        elif self._file is not None:
-            self._file.write(data)

@@ -1,9 +1,8 @@
 """Reading and writing GGUF files that hold CCQ tensors.
 
 Reading: :func:`open_model` checks the whole header first (``_header``: bounded reads, no allocation that a header field
-can inflate) and then maps the tensor data.  Writing: :class:`ModelWriter` streams tensors through
-``gguf.GGUFWriter`` into a temporary file beside the target and renames it when everything is there;
-:class:`SplitWriter` does so with several files.
+can inflate) and then maps or reads the tensor data.  Writing: :class:`ModelWriter` streams tensors into a file that
+appears when everything is there (``output``); :class:`SplitWriter` does so with several files.
 
 Shapes are in numpy order everywhere: the last dimension is the row, whose length must be a multiple of the type's
 block.  Type names are lower-case: ours (``ccq_t2`` ...) and gguf's (``f32``, ``bf16``, ``q8_0``, ``q2_k`` ...).
@@ -25,6 +24,7 @@ from gguf.constants import GGMLQuantizationType
 from . import codec
 from ._header import ENCODER_KEY, FEATURES_KEY, SPEC_VERSION_KEY, Header, KeyValue, validate_header
 from ._split import SplitWriter, part_path, read_parts
+from ._unchanged import FileState, read_array
 from ._writer import ModelWriter
 from .errors import CcqWarning, InputError, TensorTypeError, TruncatedError
 from .layouts import Layout
@@ -62,8 +62,9 @@ _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationT
 class _Mapping:
     """The file's bytes, mapped on first use or read piece by piece."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, state: FileState) -> None:
         self.path = path
+        self.state = state
         self._bytes: np.ndarray | None = None
 
     def slice(self, offset: int, nbytes: int, tensor: str) -> np.ndarray:
@@ -81,7 +82,7 @@ class _Mapping:
     def read(self, offset: int, nbytes: int, tensor: str) -> np.ndarray:
         """The same bytes in an array of their own.  Raises InputError, TruncatedError."""
         try:
-            part = np.fromfile(self.path, np.uint8, nbytes, offset=offset)
+            part = read_array(self.path, self.state, np.uint8, nbytes, offset)
         except OSError as error:
             raise InputError(error.strerror or str(error), file=self.path, tensor=tensor) from error
         if part.size != nbytes:
@@ -261,7 +262,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     parts = read_parts(path, header)
     tensors = []
     for file, part in parts:
-        mapping = _Mapping(file)
+        mapping = _Mapping(file, part.state)
         tensors += [
             TensorInfo(t.name, t.type_name, t.layout, t.shape, t.nbytes, t.offset, mapping) for t in part.tensors
         ]

@@ -34,20 +34,12 @@ from ccq_format.errors import PlanError, WeightsError
 from .encode import check_weights, encode_rows
 from .imatrix import Importance
 from .mixtures import LADDER, MIXTURES, Mixture, MixtureScheme
+from .options import QuantOptions
 from .outliers import A_FIFTH, block_powers, outlier_powers
-from .plan import (
-    Plan,
-    Pure,
-    QuantOptions,
-    Scheme,
-    TensorSource,
-    block,
-    free_matrices,
-    is_ccq,
-    make_plan,
-    row_bytes,
-    scheme_of,
-)
+from .plan import Plan, free_matrices, make_plan
+from .schemes import Pure, Scheme, scheme_of
+from .target_types import block, is_ccq, row_bytes
+from .tensors import TensorSource
 
 SAMPLE = 1 << 17
 """Weights per matrix or stack, at most (but one row), that are encoded to measure its losses."""

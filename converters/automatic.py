@@ -1,6 +1,6 @@
 """Calibration that a conversion does by itself: no file of few bits without data that says which weights matter.
 
-A conversion without ``--imatrix`` and ``--hessian`` to types under ``stream.NEEDS_DATA`` bits first runs the model in
+A conversion without ``--imatrix`` and ``--hessian`` to types under ``data.NEEDS_DATA`` bits first runs the model in
 llama.cpp on the text that comes with the package and collects importance; one to a target without losses measures
 these as well.  A model that is no GGUF file yet is first written as one, in the types that it has, beside the output,
 and removed again.  With ``resume`` the result is kept beside the unfinished output, for the run that goes on.
@@ -10,28 +10,34 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import gguf
-
 from ccq_format.errors import CcqError, EvalError
-from ccq_format.gguf_io import Model, ModelWriter, open_model
+from ccq_format.gguf_io import ModelWriter, open_model
+from ccq_format.output import OutputFile, Scratch, refuse_inputs
 
 from . import imatrix
-from .calibrate import BUNDLED_TEXT, CalibrationOptions
-from .collect import BATCH, calibrate_gguf, free_memory
+from .calibration import BUNDLED_TEXT, CalibrationOptions
+from .collect import BATCH, calibrate_file, calibrate_gguf
+from .console import format_bytes, progress_bar
+from .conversion import Conversion
+from .convert import write_model
+from .data import lacks_data
 from .evaluate import read_text
 from .hessian import Hessians
+from .host import free_memory
 from .imatrix import Importance
 from .losses import measure_losses
-from .plan import STOCK_TYPES, Plan, QuantOptions, TensorSource, format_bytes, make_plan
+from .options import QuantOptions
+from .plan import Plan, make_plan
 from .resume import job_of
-from .stream import lacks_data, progress_bar, write_model, write_planned
+from .stream import data_files, write_planned
+from .target_types import STOCK_TYPES
+from .tensors import TensorSource
 
 log = logging.getLogger(__name__)
 
@@ -55,35 +61,13 @@ _WOULD = (
 )
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What is converted, as ``stream.write_model`` is told, and ``runnable``: the GGUF file that holds the model, if
-    there is one."""
-
-    out: Path
-    arch: str
-    sources: list[TensorSource]
-    files: Sequence[Path]
-    set_metadata: Callable[[gguf.GGUFWriter], None] | None = None
-    copy_from: Model | None = None
-    runnable: Path | None = None
-    progress: bool = True
-
-
 def write_calibrated(conversion: Conversion, options: QuantOptions) -> Plan:
     """Plan and write the file, with the data that :func:`calibrated` adds.  Raises what that and
-    ``stream.write_model`` do."""
+    ``convert.write_model`` do."""
+    if not options.dry_run:
+        refuse_inputs([conversion.path], [*conversion.files, *data_files(options)])
     with calibrated(conversion, options) as options:
-        return write_model(
-            conversion.out,
-            arch=conversion.arch,
-            set_metadata=conversion.set_metadata,
-            sources=conversion.sources,
-            options=options,
-            progress=conversion.progress,
-            copy_from=conversion.copy_from,
-            files=conversion.files,
-        )
+        return write_model(conversion, options)
 
 
 @contextmanager
@@ -91,8 +75,8 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
     """The options with the data that they lack: importance, for targets losses, with ``options.feedback`` Hessians.
 
     Nothing is done unless ``options.calibrate``, nor if ``options.dry_run``, which only says so.  Raises ``EvalError``
-    if the model cannot be run: packages or memory are missing, or llama.cpp refuses it; and what ``stream.write_model``
-    and ``collect.calibrate_gguf`` raise.
+    if the model cannot be run: packages or memory are missing, or llama.cpp refuses it; and what
+    ``convert.write_model`` and ``collect.calibrate_gguf`` raise.
     """
     wanted = _wanted(conversion.sources, options)
     if not options.calibrate or wanted == _Wanted(False, False, False):
@@ -102,7 +86,7 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
         log.info("%s", _WOULD)
         yield options
         return
-    ModelWriter(conversion.out, "", overwrite=options.overwrite).abort()  # refuses a target before the work
+    OutputFile(conversion.path, overwrite=options.overwrite)  # refuses a target before the work
     if options.resume:
         kept = _Kept(conversion, options, wanted)
         if (found := kept.load(options)) is None:
@@ -112,12 +96,10 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
         yield found
         kept.remove()
         return
-    hessians = _beside(conversion.out, "hessian")
-    try:
+    with Scratch(conversion.path) as hessians:
         data = _measured(conversion, options, wanted, hessians)
-        yield replace(options, imatrix=data, hessian=Hessians(hessians) if wanted.hessians else options.hessian)
-    finally:
-        hessians.unlink(missing_ok=True)
+        products = Hessians(hessians.reachable) if wanted.hessians else options.hessian
+        yield replace(options, imatrix=data, hessian=products)
 
 
 @dataclass(frozen=True)
@@ -139,13 +121,30 @@ def _wanted(sources: list[TensorSource], options: QuantOptions) -> _Wanted:
     return _Wanted(data is None, data is None or not data.knows_losses, hessians)
 
 
-def _measured(conversion: Conversion, options: QuantOptions, wanted: _Wanted, hessians: Path) -> Importance:
+def calibrate_as_gguf(
+    conversion: Conversion,
+    text_path: Path,
+    options: CalibrationOptions,
+    hessian: Path | None,
+) -> Importance:
+    """What ``collect.calibrate_file`` does, of a model that is no GGUF file yet; ``conversion.path`` is the importance
+    file.  Raises what that and :func:`runnable` do."""
+    OutputFile(conversion.path, overwrite=options.overwrite)  # refuses a target before the work
+    if find_spec("llama_cpp") is None:
+        raise EvalError("calibration needs llama-cpp-python (pip install '.[llama]')", file=_source(conversion))
+    with runnable(conversion, "make a q8_0 file of it (hf2gguf --type q8_0), and calibrate that") as path:
+        return calibrate_file(path, text_path, conversion.path, options, hessian=hessian, progress=conversion.progress)
+
+
+def _measured(
+    conversion: Conversion, options: QuantOptions, wanted: _Wanted, hessians: Path | OutputFile
+) -> Importance:
     if find_spec("llama_cpp") is None:
         raise EvalError(f"calibration needs llama-cpp-python (pip install '.[llama]'); or {_OTHERWISE}")
     text = read_text(BUNDLED_TEXT)
     data = options.imatrix
-    with _runnable(conversion) as path, progress_bar(conversion.progress) as bar:
-        window = _checked(path, conversion)
+    with runnable(conversion, _OTHERWISE) as path, progress_bar(conversion.progress) as bar:
+        window = _window(path)
         # The output matrix may get few bits, unless types are asked for.
         settings = CalibrationOptions(
             window, TOKENS // window, options.threads, process_output=options.type is None, overwrite=True
@@ -184,38 +183,28 @@ def _measured(conversion: Conversion, options: QuantOptions, wanted: _Wanted, he
     return data
 
 
-def _beside(out: Path, what: str) -> Path:
-    """A hidden name in the folder of ``out`` that no file has."""
-    return out.with_name(f".{out.name}.{secrets.token_hex(4)}.{what}.tmp")
-
-
 @contextmanager
-def _runnable(conversion: Conversion) -> Iterator[Path]:
-    """A GGUF file of the model, removed afterwards if it had to be written."""
+def runnable(conversion: Conversion, otherwise: str) -> Iterator[Path]:
+    """A GGUF file of the model in the types that it has, removed afterwards if it had to be written.
+
+    Raises ``EvalError`` if it does not fit into the memory that is free, and says what to do ``otherwise``; and what
+    ``stream.write_planned`` raises.
+    """
     if conversion.runnable is not None:
+        _check_memory(conversion, sum(t.nbytes for t in open_model(conversion.runnable).tensors), otherwise)
         yield conversion.runnable
         return
-    path = _beside(conversion.out, "model")
-    try:
-        options = QuantOptions("bf16")
-        plan = make_plan(conversion.sources, options, _AsStored({s.name: s.source_type for s in conversion.sources}))
-        write_planned(
-            path,
-            plan,
-            arch=conversion.arch,
-            options=options,
-            set_metadata=conversion.set_metadata,
-            progress=conversion.progress,
-        )
-        yield path
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+    options = QuantOptions("bf16")
+    plan = make_plan(conversion.sources, options, _AsStored({s.name: s.source_type for s in conversion.sources}))
+    _check_memory(conversion, plan.nbytes, otherwise)
+    with Scratch(conversion.path) as file:
+        write_planned(replace(conversion, out=file, files=()), plan, options)
+        yield file.reachable
 
 
 @dataclass(frozen=True)
 class _AsStored:
-    """A ``plan.Scheme`` that keeps the types that GGUF has, and f32 in half the size."""
+    """A ``schemes.Scheme`` that keeps the types that GGUF has, and f32 in half the size."""
 
     types: dict[str, str]
 
@@ -227,18 +216,20 @@ class _AsStored:
     vocabulary = matrix
 
 
-def _checked(path: Path, conversion: Conversion) -> int:
-    """The tokens of a window.  Raises ``EvalError`` if the model does not fit into the memory that is free."""
-    model = open_model(path)
-    vocabulary = next((t.n_rows for t in model.tensors if t.name == "token_embd.weight"), 0)
-    needed = sum(t.nbytes for t in model.tensors) + 8 * BATCH * vocabulary
-    free = free_memory()
+def _check_memory(conversion: Conversion, nbytes: int, otherwise: str) -> None:
+    vocabulary = next((s.rows for s in conversion.sources if s.name == "token_embd.weight"), 0)
+    needed, free = nbytes + 8 * BATCH * vocabulary, free_memory()
     if needed > free:
         raise EvalError(
             f"calibration would run this model in llama.cpp, which takes {format_bytes(needed)} of memory; "
-            f"{format_bytes(free)} are free: {_OTHERWISE}",
+            f"{format_bytes(free)} are free: {otherwise}",
             file=_source(conversion),
         )
+
+
+def _window(path: Path) -> int:
+    """The tokens of a window."""
+    model = open_model(path)
     context = model.metadata.get(f"{model.arch}.context_length")
     return min(WINDOW, context) if isinstance(context, int) and context > 1 else WINDOW
 
@@ -252,8 +243,8 @@ class _Kept:
     beside the output ``NAME``."""
 
     def __init__(self, conversion: Conversion, options: QuantOptions, wanted: _Wanted) -> None:
-        self.path = conversion.out.with_name(f".{conversion.out.name}.calibration")
-        self.hessians = conversion.out.with_name(f".{conversion.out.name}.hessian")
+        self.path = conversion.path.with_name(f".{conversion.path.name}.calibration")
+        self.hessians = conversion.path.with_name(f".{conversion.path.name}.hessian")
         self.wanted = wanted
         whole = job_of(options, conversion.files)
         job = {key: whole[key] for key in ("--imatrix", *(file.name for file in conversion.files))}

@@ -81,6 +81,16 @@ class BaseLogits:
         return (root + growth * (root + sqrt(0.5))) ** 2 - kld
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Some positions of a record; the fields are those of :class:`BaseLogits`, ``steps`` float64 ``[positions]``."""
+
+    codes: U16
+    steps: F64
+    targets: F64
+    tops: NDArray[np.int64]
+
+
 class Recorder:
     """Collects the predictions of windows, in their order."""
 
@@ -88,12 +98,10 @@ class Recorder:
         self._file = file
         self._rows: list[tuple[F64, F64, NDArray[np.int64]]] = []
 
-    def add(self, logp: F64, targets: F64, tops: NDArray[np.int64]) -> None:
-        """The next positions: all log-probabilities ``[positions, n_vocab]``, those of the text's tokens, and the most
-        probable tokens."""
-        codes, steps = pack(logp)
-        self._file.write(codes.data)
-        self._rows.append((steps, targets, tops))
+    def add(self, part: Packed) -> None:
+        """The next positions."""
+        self._file.write(part.codes.data)
+        self._rows.append((part.steps, part.targets, part.tops))
 
     def finish(self, windows: int, n_vocab: int) -> tuple[U16, F64, F64, NDArray[np.int64]]:
         """``codes``, ``steps``, ``targets`` and ``tops`` of :class:`BaseLogits`."""
@@ -101,6 +109,12 @@ class Recorder:
         steps, targets, tops = (np.concatenate(part).reshape(windows, -1) for part in zip(*self._rows, strict=True))
         # Mapped memory outlives the file object.
         return np.memmap(self._file, np.uint16, "r", shape=(*steps.shape, n_vocab)), steps, targets, tops
+
+
+def packed(logp: F64, targets: F64, tops: NDArray[np.int64]) -> Packed:
+    """The record of some positions: all log-probabilities ``[positions, n_vocab]``, those of the text's tokens, and the
+    most probable tokens."""
+    return Packed(*pack(logp), targets, tops)
 
 
 def pack(logp: F64) -> tuple[U16, F64]:

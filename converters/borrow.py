@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from .hessian import Hessians
 from .imatrix import Entry, Importance
-from .plan import TensorSource
+from .tensors import TensorSource
 
 F64 = NDArray[np.float64]
 

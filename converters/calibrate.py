@@ -8,8 +8,8 @@ passes through the model are those of ``forward`` and ``backward``, their tempor
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +21,21 @@ from ccq_format.gguf_io import ModelWriter
 
 from . import imatrix
 from .arch import Family, family_of
+from .automatic import calibrate_as_gguf
 from .backward import BackwardPass
+from .calibration import CalibrationOptions, check_outputs
+from .console import progress_bar
 from .evaluate import read_text
+from .folder_sources import load_sources
 from .forward import Collector, ForwardPass, model_tensors, product_shapes
 from .hessian import HessianWriter
-from .hf2gguf import load_sources
-from .plan import cpu_count
+from .hf2gguf import conversion_of
+from .host import cpu_count
 from .sources import open_checkpoint
-from .stream import progress_bar
+from .target_types import KEEP
 from .vocab import load_vocab
 
-BUNDLED_TEXT = Path(__file__).parent / "data" / "calibration.txt"
-"""350 kB of prose, documentation, dialogue, code and 28 languages; any part of it is a mixture.  The README beside it
-says what it is made of."""
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """``chunks`` = ``None`` takes all windows of the text; ``threads`` <= 0 means one per CPU; ``process_output`` adds
-    the output matrix; ``gradients`` adds the squares of the outputs' gradients, for three to four times the time and 4
-    bytes per token, hidden channel and layer (beyond 1 GiB of the disk).
-
-    Of GGUF files only (see ``collect``): ``losses`` are measured as well (see ``losses``); ``memory``, bytes for the
-    products, ``None`` half of what is free; ``exact`` sets llama.cpp's KV cache to f32 and its flash attention off."""
-
-    ctx: int = 512
-    chunks: int | None = None
-    threads: int = 0
-    process_output: bool = False
-    gradients: bool = False
-    overwrite: bool = False
-    memory: int | None = None
-    losses: bool = False
-    exact: bool = False
+log = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -67,25 +49,32 @@ def calibrate(
 ) -> imatrix.Importance:
     """Write the importance file ``out`` and, if a path is given, the Hessian file ``hessian`` (see there).
 
+    A family whose layers are not known here is converted to a GGUF file beside ``out`` for the time, and run in
+    llama.cpp (see ``collect``).
+
     The files appear when everything is done; an exception or an interrupt leaves neither.  Raises ``ModelError`` if
     the model cannot be loaded or a package is missing, ``EvalError`` for an unreadable text, ``ImportanceError`` if
     it is too short or activations are not finite, and ``OutputError``.
     """
     options = options or CalibrationOptions()
+    if not model_dir.is_dir():
+        raise ModelError("no such folder", file=model_dir)
+    check_outputs(out, hessian, [*model_dir.iterdir(), text_path])
+    family = family_of(model_dir)
+    if not family.spec.calibrates or family.wrapper is not None:
+        if options.gradients:
+            raise ModelError(
+                f"gradients need torch, which knows no layers of {family.wrapper or family.architecture} here; losses "
+                "(--losses) do as well",
+                file=family.config.file,
+            )
+        log.info("%s: is run in llama.cpp, as the GGUF file that hf2gguf makes of it", model_dir)
+        return calibrate_as_gguf(conversion_of(model_dir, out, KEEP, progress=progress), text_path, options, hessian)
     if options.memory is not None:
         raise ModelError("a folder's layers come one at a time; --memory is for GGUF files", file=model_dir)
     if options.losses:
         raise ModelError("losses are measured of GGUF files; of a folder there are --gradients", file=model_dir)
     torch, transformers = _packages(model_dir)
-    if not model_dir.is_dir():
-        raise ModelError("no such folder", file=model_dir)
-    family = family_of(model_dir)
-    if not family.spec.calibrates:
-        raise ModelError(
-            f"calibrate does not know the layers of {family.architecture}; convert it to bf16 and let llama.cpp's "
-            "llama-imatrix measure",
-            file=family.config.file,
-        )
     if options.ctx > family.context:
         raise ModelError(f"its context is {family.context} tokens, not {options.ctx}", file=family.config.file)
     checkpoint = open_checkpoint(model_dir, family.config)
@@ -97,7 +86,6 @@ def calibrate(
         writer = stack.enter_context(ModelWriter(out, "", overwrite=options.overwrite))
         products = None
         if hessian is not None:
-            refuse_same_file(out, hessian)
             products = stack.enter_context(HessianWriter(hessian, shapes, shared, overwrite=options.overwrite))
             products.begin()
         windows = load_windows(model_dir, family, text_path, options.ctx, options.chunks)
@@ -116,12 +104,6 @@ def calibrate(
         result = imatrix.Importance(str(out), entries, [str(text_path)], len(windows), options.ctx)
         imatrix.fill(writer, result)
     return result
-
-
-def refuse_same_file(out: Path, hessian: Path | None) -> None:
-    """Raise ``ImportanceError`` if both results are to be one file."""
-    if hessian is not None and hessian.absolute() == out.absolute():
-        raise ImportanceError("is to hold both the importance and the Hessians", file=out)
 
 
 def _run(forward: ForwardPass, options: CalibrationOptions, progress: bool) -> None:

@@ -19,7 +19,9 @@ from ccq_format.errors import CcqError, readable
 
 from . import hessian as hessians
 from . import imatrix as importance
-from .plan import KEEP, Plan, QuantOptions
+from .options import QuantOptions
+from .plan import Plan
+from .target_types import KEEP
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -328,21 +330,21 @@ def quantize(in_file: Path, allow_requantize: bool, **settings: Any) -> None:
     "--memory",
     metavar="SIZE",
     callback=_size,
-    help="GGUF file only: memory for the products of --hessian (such as 8G). The text is run as often as it takes to "
-    "compute all of them in parts of that size.  [half of what is free]",
+    help="In llama.cpp only: memory for the products of --hessian (such as 8G). The text is run as often as it takes "
+    "to compute all of them in parts of that size.  [half of what is free]",
 )
 @click.option("--process-output", is_flag=True, help="Include the output matrix.")
 @click.option(
     "--gradients",
     is_flag=True,
-    help="Folder only: also measure how much the outputs of each matrix matter to the model's predictions: takes three "
-    "to four times as long, and 4 bytes of memory or disk per token, hidden channel and layer.",
+    help="By torch only: also measure how much the outputs of each matrix matter to the model's predictions: takes "
+    "three to four times as long, and 4 bytes of memory or disk per token, hidden channel and layer.",
 )
 @click.option(
     "--losses",
     is_flag=True,
-    help="GGUF file only: also measure with noise how much each matrix, the embedding and the output matter to the "
-    "model's predictions, for --target-size and --target-bpw. Implies --process-output.",
+    help="In llama.cpp only: also measure with noise how much each matrix, the embedding and the output matter to "
+    "the model's predictions, for --target-size and --target-bpw. Implies --process-output.",
 )
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
@@ -350,11 +352,12 @@ def calibrate(model: Path, text: Path | None, output: Path, hessian: Path | None
     """Measure how much each input channel of a model's matrices matters on a text.
 
     MODEL is a GGUF file of any architecture and type, CCQ types included, which llama.cpp runs; or a Hugging Face model
-    folder, which is run by torch and transformers one layer at a time.  The result is an importance file for --imatrix,
-    which llama.cpp's llama-quantize reads as well.
+    folder. Those of llama, mistral, mixtral, qwen2, qwen3 and qwen3_moe are run by torch and transformers one layer at
+    a time, those of other families in llama.cpp, as a GGUF file that is removed again. The result is an importance file
+    for --imatrix, which llama.cpp's llama-quantize reads as well.
     """
-    from .calibrate import BUNDLED_TEXT, CalibrationOptions
     from .calibrate import calibrate as calibrate_folder
+    from .calibration import BUNDLED_TEXT, CalibrationOptions
     from .collect import calibrate_file
 
     run = calibrate_folder if model.is_dir() else calibrate_file

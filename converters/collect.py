@@ -29,17 +29,18 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ccq_format.errors import ImportanceError, ModelError
-from ccq_format.gguf_io import ModelWriter
+from ccq_format.gguf_io import ModelWriter, open_model
+from ccq_format.output import OutputFile
 
 from . import imatrix
-from .calibrate import CalibrationOptions, refuse_same_file
+from .calibration import CalibrationOptions, check_outputs
+from .console import progress_bar
 from .evaluate import read_text
 from .graph import Ggml, Node
 from .hessian import HessianWriter
+from .host import cpu_count, free_memory
 from .llama import LlamaModel, library, load_plugin_for
-from .plan import cpu_count
 from .rules import is_vocabulary, never_quantized
-from .stream import progress_bar
 
 BATCH = 512
 """Tokens that llama.cpp evaluates at a time; its logits buffer has room for as many, whether they are computed or
@@ -254,12 +255,12 @@ def calibrate_gguf(
     *,
     file: str = "",
     datasets: Sequence[str] = (),
-    hessian: Path | None = None,
+    hessian: Path | OutputFile | None = None,
     advance: Advance | None = None,
 ) -> imatrix.Importance:
     """The importance of the input channels of all matrices of a GGUF model, measured on a text or on tokens.
 
-    Nothing is written but, if a path is given, the Hessian file ``hessian``, which appears when it is complete.
+    Nothing is written but, if given, the Hessian file ``hessian``, as ``HessianWriter`` does.
     ``file`` and ``datasets`` are what the result is to say of itself.  Text is tokenized as for llama.cpp's tools, with
     the special tokens at its ends that the vocabulary asks for; tokens are taken as they are.  Either way the first of
     each window becomes BOS where the vocabulary adds one.  An interrupt ends the calibration at the next matrix.
@@ -299,7 +300,7 @@ def calibrate_file(
     options = options or CalibrationOptions()
     if options.losses:
         options = replace(options, process_output=True)  # it may get few bits then
-    refuse_same_file(out, hessian)
+    check_outputs(out, hessian, [*open_model(model_path).files, text_path])
     text = read_text(text_path)
     with ModelWriter(out, "", overwrite=options.overwrite) as writer, progress_bar(progress) as bar:
         task = bar.add_task("calibrating", total=None)
@@ -504,13 +505,3 @@ def _passes(inputs: list[_Input], memory: int) -> Iterator[_Pass]:
             done = stop
     if part:
         yield part
-
-
-def free_memory() -> int:
-    """The memory that is free, in bytes; 8 GiB where the system does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return 8 << 30
-    match = re.search(r"^MemAvailable:\s*(\d+) kB$", text, re.MULTILINE)
-    return int(match[1]) * 1024 if match else 8 << 30

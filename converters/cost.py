@@ -9,7 +9,10 @@ from collections.abc import Callable
 import numpy as np
 
 from .encode import encode_rows
-from .plan import Plan, PlannedTensor, QuantOptions, cpu_count, is_ccq
+from .host import cpu_count
+from .options import QuantOptions
+from .plan import Plan, PlannedTensor
+from .target_types import is_ccq
 
 _SAMPLE = 1 << 15
 """Weights that are encoded to measure a type: a tenth of a second for the slowest."""

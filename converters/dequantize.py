@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from ccq_format.errors import PlanError
 from ccq_format.gguf_io import open_model
 
-from .plan import COPIED_TYPES, Plan, PlannedTensor, QuantOptions, TensorSource, row_bytes
-from .quantize import refuse_same, source_of
+from .conversion import Conversion
+from .gguf_sources import source_of
+from .options import QuantOptions
+from .plan import Plan, PlannedTensor
 from .stream import write_planned
+from .target_types import COPIED_TYPES, row_bytes
+from .tensors import TensorSource
 
 
 def dequantize(
@@ -34,11 +39,13 @@ def dequantize(
     if target not in ("f32", "f16"):
         raise PlanError(f"cannot dequantize to '{type_name}': choose f32 or f16")
     model = open_model(in_path)
-    refuse_same(model, out_path)
     tensors = [_planned(source_of(info), target) for info in model.tensors]
     plan = Plan(tensors, 0, 0, "")
     options = QuantOptions(target, overwrite=overwrite, split_max_size=split_max_size)
-    write_planned(out_path, plan, arch=model.arch, options=options, progress=progress, copy_from=model)
+    files = [Path(file) for file in model.files]
+    sources = [tensor.source for tensor in tensors]
+    conversion = Conversion(Path(out_path), model.arch, sources, files, copy_from=model, progress=progress)
+    write_planned(conversion, plan, options)
     return plan
 
 

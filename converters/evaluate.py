@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,13 +33,14 @@ from numpy.typing import NDArray
 
 from ccq_format.errors import EvalError
 
-from .base_record import BaseLogits, Recorder
+from .base_record import BaseLogits, Packed, Recorder, packed
+from .console import progress_bar
+from .host import cpu_count
 from .llama import _N_BATCH, LlamaModel, load_plugin_for
-from .stream import progress_bar
 
-_ROWS = 16
-"""Positions whose log-probabilities are held in float64 at a time: few enough for the cache, which takes 5 instead of 9
-seconds for 40,000 positions of a vocabulary of 4096."""
+_CELLS = 1 << 16
+"""Log-probabilities that a thread holds in float64 at a time: few enough for its cache, which takes 5 instead of 9
+seconds for 40,000 positions of a vocabulary of 4096.  At least those of one position."""
 
 F64 = NDArray[np.float64]
 
@@ -170,7 +172,7 @@ def evaluate(
         tokens, count = _windows(models[0], text, max_windows)
         _same_vocabulary(models[0], text, models[-1].n_vocab, models[-1].tokenize(text), paths[-1])
         streams = [_predictions(model, tokens, count) for model in models]
-        return _score(streams, tokens, n_ctx, count, progress)
+        return _score(streams, tokens, n_ctx, count, models[0].n_vocab, threads, progress)
 
 
 def record_base(
@@ -193,12 +195,14 @@ def record_base(
         (model,) = _open(stack, [base_path], n_ctx, threads, exact)
         tokens, count = _windows(model, text, max_windows)
         file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+        pool = stack.enter_context(_pool(threads))
         recorder = Recorder(file)
         for window, predict in _with_progress(_predictions(model, tokens, count), count, progress):
-            for part in _parts(n_ctx):
-                recorder.add(*predict(part, _targets(tokens, n_ctx, window)[part]))
-        record = recorder.finish(count, model.n_vocab)
-        return BaseLogits(os.fspath(base_path), text, tokens, n_ctx, exact, *record)
+            record = partial(_record, predict, _targets(tokens, n_ctx, window))
+            for part in pool.map(record, _parts(n_ctx, model.n_vocab)):
+                recorder.add(part)
+        whole = recorder.finish(count, model.n_vocab)
+        return BaseLogits(os.fspath(base_path), text, tokens, n_ctx, exact, *whole)
 
 
 def compare(
@@ -211,7 +215,7 @@ def compare(
         _same_vocabulary(models[0], base.text, base.codes.shape[2], base.tokens, base.path)
         count = len(base.codes)
         streams = [_predictions(models[0], base.tokens, count), _recorded(base)]
-        return _score(streams, base.tokens, base.n_ctx, count, progress)
+        return _score(streams, base.tokens, base.n_ctx, count, models[0].n_vocab, threads, progress)
 
 
 def _open(
@@ -256,10 +260,20 @@ def _targets(tokens: list[int], n_ctx: int, window: int) -> NDArray[np.int64]:
     return np.array(tokens[window * n_ctx + n_ctx // 2 + 1 : (window + 1) * n_ctx])
 
 
-def _parts(n_ctx: int) -> list[slice]:
-    """The positions of a window that count, ``_ROWS`` at a time."""
-    count = n_ctx - 1 - n_ctx // 2
-    return [slice(low, min(low + _ROWS, count)) for low in range(0, count, _ROWS)]
+def _parts(n_ctx: int, n_vocab: int) -> list[slice]:
+    """The positions of a window that count, as many at a time as :data:`_CELLS` allows."""
+    count, rows = n_ctx - 1 - n_ctx // 2, max(1, _CELLS // n_vocab)
+    return [slice(low, min(low + rows, count)) for low in range(0, count, rows)]
+
+
+def _record(predict: Predict, targets: NDArray[np.int64], part: slice) -> Packed:
+    return packed(*predict(part, targets[part]))
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads for what NumPy does with log-probabilities, which in a model of few weights and a large vocabulary takes
+    longer than the model."""
+    return ThreadPoolExecutor(threads if threads > 0 else cpu_count())
 
 
 def _predictions(model: LlamaModel, tokens: list[int], count: int) -> Iterator[Predict]:
@@ -299,41 +313,62 @@ def _with_progress(windows: Iterable[_T], count: int, wanted: bool) -> Iterator[
             bar.advance(task)
 
 
-def _score(streams: list[Iterator[Predict]], tokens: list[int], n_ctx: int, count: int, progress: bool) -> EvalResult:
+def _score(
+    streams: list[Iterator[Predict]],
+    tokens: list[int],
+    n_ctx: int,
+    count: int,
+    n_vocab: int,
+    threads: int,
+    progress: bool,
+) -> EvalResult:
     """Score ``count`` windows of the model ``streams[0]`` and, if there are two, the base."""
     nll: list[list[F64]] = [[] for _ in streams]
     kld: list[F64] = []
     scored: list[NDArray[np.int64]] = []
     same_top = 0
-    for window, predictions in _with_progress(zip(*streams, strict=True), count, progress):
-        scored.append(_targets(tokens, n_ctx, window))
-        for part in _parts(n_ctx):
-            rows = [predict(part, scored[-1][part]) for predict in predictions]
-            for values, (_, at_targets, _) in zip(nll, rows, strict=True):
-                values.append(-at_targets)
-            if len(rows) == 2:
-                (logp, _, top), (base_logp, _, base_top) = rows
-                kld.append(divergence(base_logp, logp))
-                same_top += int((top == base_top).sum())
+    with _pool(threads) as pool:
+        for window, predictions in _with_progress(zip(*streams, strict=True), count, progress):
+            scored.append(_targets(tokens, n_ctx, window))
+            score = partial(_score_part, predictions, scored[-1])
+            for at_targets, divergences, same in pool.map(score, _parts(n_ctx, n_vocab)):
+                for values, logp in zip(nll, at_targets, strict=True):
+                    values.append(-logp)
+                if divergences is not None:
+                    kld.append(divergences)
+                same_top += same
     ours = np.concatenate(nll[0])
     unigram = _perplexity(_unigram(tokens, np.concatenate(scored)))[0]
     result = EvalResult(*_perplexity(ours), n_ctx, count, ours.size, int(np.isinf(ours).sum()), unigram)
     if len(streams) == 1:
         return result
     base, base_stderr = _perplexity(np.concatenate(nll[1]))
-    divergences = np.concatenate(kld)
+    all_kld = np.concatenate(kld)
     top1 = same_top / ours.size
     return replace(
         result,
-        infinite=int((np.isinf(ours) | np.isinf(divergences)).sum()),
+        infinite=int((np.isinf(ours) | np.isinf(all_kld)).sum()),
         ppl_base=base,
         ppl_base_stderr=base_stderr,
-        kld_mean=float(divergences.mean()),
-        kld_stderr=_stderr(divergences),
-        kld_p99=_quantile(divergences, 0.99),
+        kld_mean=float(all_kld.mean()),
+        kld_stderr=_stderr(all_kld),
+        kld_p99=_quantile(all_kld, 0.99),
         top1=top1,
         top1_stderr=sqrt(top1 * (1 - top1) / max(1, ours.size - 1)),
     )
+
+
+def _score_part(
+    predictions: Sequence[Predict], targets: NDArray[np.int64], part: slice
+) -> tuple[list[F64], F64 | None, int]:
+    """Of some positions of a window: by model log-probabilities of the text's tokens; with a base, divergences, and how
+    often both rank the same token first."""
+    rows = [predict(part, targets[part]) for predict in predictions]
+    at_targets = [row[1] for row in rows]
+    if len(rows) == 1:
+        return at_targets, None, 0
+    (logp, _, top), (base_logp, _, base_top) = rows
+    return at_targets, divergence(base_logp, logp), int((top == base_top).sum())
 
 
 def window_logits(model: LlamaModel, tokens: list[int], windows: range) -> Iterator[NDArray[np.float32]]:

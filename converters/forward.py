@@ -22,10 +22,10 @@ from ccq_format.errors import ImportanceError, ModelError
 
 from .arch import Family
 from .arch.base import resolve
+from .folder_sources import make_source, row_order
 from .hessian import HessianWriter
-from .hf2gguf import make_source, row_order
-from .plan import TensorSource
 from .safetensors_io import Checkpoint
+from .tensors import TensorSource
 
 if TYPE_CHECKING:
     import torch
@@ -222,10 +222,12 @@ class ForwardPass:
         self.folder = folder
         self.model_dir = model_dir
         try:
-            config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
             config.dtype = torch.float32
             with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+                model = transformers.AutoModelForCausalLM.from_config(
+                    config, attn_implementation="sdpa", trust_remote_code=False
+                )
             self.model = model.eval().requires_grad_(False).model
             self.rotary = type(self.model.rotary_emb)(config=config)
         except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:

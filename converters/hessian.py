@@ -9,21 +9,20 @@ is a JSON object from each name to the name that is stored.  ``ccq.hessian`` is 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
 import re
 from collections.abc import Mapping
 from math import prod
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError
 
-from ccq_format._target import Target
 from ccq_format.errors import ImportanceError, ModelError
+from ccq_format.output import Output, OutputFile
 
 from .safetensors_io import read_header
 
@@ -34,23 +33,23 @@ _CHUNK = 1 << 22
 """Values that are read at a time."""
 
 
-class HessianWriter(Target):
-    """Writes matrices in any order, straight to their places in a temporary file that :meth:`close` renames.
+class HessianWriter(Output):
+    """Writes matrices in any order, straight to their places in a file that appears at :meth:`close`.
 
-    ``shapes`` are those of the products, ``shared`` maps names to the one stored.  Nothing is created before
-    :meth:`begin`; leaving the ``with`` block by an exception removes the temporary file.
+    ``path`` may be an ``OutputFile`` that is not open yet (then ``overwrite`` is its own), ``shapes`` are those of the
+    products, ``shared`` maps names to the one stored.  Nothing is created before :meth:`begin`.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | OutputFile,
         shapes: Mapping[str, tuple[int, ...]],
         shared: Mapping[str, str],
         *,
         overwrite: bool = False,
     ) -> None:
         """Raises ``OutputError`` if the target exists and ``overwrite`` is false, or its folder is missing."""
-        super().__init__(path, overwrite)
+        self._output = path if isinstance(path, OutputFile) else OutputFile(path, overwrite=overwrite)
         self._shared = dict(shared)
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
@@ -58,7 +57,7 @@ class HessianWriter(Target):
             self._shapes[name + _COUNTS] = (prod(shape[:-2]),)
         self._offsets: dict[str, int] = {}
         self._missing = set(self._shapes)
-        self._file: BinaryIO | None = None
+        self._begun = False
 
     def begin(self) -> None:
         """Write the header.  Raises ``OutputError``."""
@@ -75,54 +74,38 @@ class HessianWriter(Target):
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
         self._offsets = {name: start + offset for name, offset in self._offsets.items()}
-        try:
-            self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by close() and abort()
-            self._file.write(len(text).to_bytes(8, "little") + text)
-            self._file.truncate(start + at)
-        except OSError as error:
-            raise self._output_error(error) from error
+        self._begun = True
+        self._output.open()
+        self._output.write(len(text).to_bytes(8, "little") + text)
+        with self._output.errors():
+            self._output.file.truncate(start + at)
 
     def write(self, name: str, product: NDArray[np.float32], count: float, matrix: int = 0) -> None:
         """Store the product float32 ``[row_len, row_len]`` of one matrix of a stack.  Raises ``OutputError``."""
         shape = self._shapes[name]
-        if self._file is None or product.shape != shape[-2:] or product.dtype != np.float32:
+        if not self._begun or product.shape != shape[-2:] or product.dtype != np.float32:
             raise ValueError(f"begin() first, then float32 {shape[-2:]} for {name}, not {product.shape}")
-        try:
-            self._file.seek(self._offsets[name] + matrix * product.nbytes)
-            self._file.write(np.ascontiguousarray(product).data)
-            self._file.seek(self._offsets[name + _COUNTS] + 4 * matrix)
-            self._file.write(np.float32(count).tobytes())
-        except OSError as error:
-            raise self._output_error(error) from error
+        with self._output.errors():
+            file = self._output.file
+            file.seek(self._offsets[name] + matrix * product.nbytes)
+            file.write(np.ascontiguousarray(product).data)
+            file.seek(self._offsets[name + _COUNTS] + 4 * matrix)
+            file.write(np.float32(count).tobytes())
         if matrix == prod(shape[:-2]) - 1:
             self._missing -= {name, name + _COUNTS}
 
     def close(self) -> None:
         """Complete the file.  Raises ``OutputError``, and ``ValueError`` if a product is missing."""
         try:
-            if self._file is None or self._missing:
+            if not self._begun or self._missing:
                 raise ValueError(f"products are missing: {sorted(self._missing)[:3]}")
-            self._check_target()
-            try:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                os.replace(self._temporary, self.path)
-            except OSError as error:
-                raise self._output_error(error) from error
+            self._output.close()
         finally:
             self.abort()
 
     def abort(self) -> None:
-        """Remove the temporary file.  Does nothing after :meth:`close`."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-        with contextlib.suppress(OSError):
-            os.unlink(self._temporary)
-
-    def __enter__(self) -> HessianWriter:
-        return self
+        """Remove what is unfinished.  Does nothing after :meth:`close`."""
+        self._output.abort()
 
 
 class Hessians:

@@ -1,32 +1,30 @@
 """A Hugging Face model folder becomes a GGUF file: names, shapes, tensor transforms, metadata, tokenizer.
 
-What goes where is decided here and in ``arch``; types, encoding and writing are ``plan``'s and ``stream``'s.
+Which tensors there are is ``folder_sources``'s affair, what becomes of them ``automatic``'s and ``convert``'s.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import gguf
 import numpy as np
-from numpy.typing import NDArray
 
 from ccq_format.errors import ModelError
+from ccq_format.output import refuse_inputs
 
 from .arch import Family, family_of
-from .arch.base import Part, Wanted, resolve
-from .plan import LoadRows, Plan, QuantOptions, TensorSource
-from .safetensors_io import Checkpoint, DecodedTensor, Weights
+from .automatic import write_calibrated
+from .conversion import Conversion
+from .folder_sources import load_sources
+from .options import QuantOptions
+from .plan import Plan
 from .sources import open_checkpoint
+from .tensors import TensorSource
 from .vocab import Vocab, load_vocab
 
 log = logging.getLogger(__name__)
-
-_T = TypeVar("_T", bound=np.generic)
 
 _FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
@@ -38,205 +36,44 @@ _FILE_TYPES = {
 }
 """``general.file_type``; there is no number for a CCQ file, and llama.cpp then counts the tensors' types itself."""
 
-_COMPARED_ROWS = 1 << 22
-"""Weights per step when two tensors are compared."""
-
 
 def convert(model_dir: Path, out: Path, options: QuantOptions, *, progress: bool = True) -> Plan:
     """Convert the model in ``model_dir`` to the GGUF file ``out``; with ``options.dry_run`` only plan.
 
     Raises ``ModelError`` if the folder cannot be converted (files missing or damaged, architecture or tokenizer not
-    supported, tensors missing, unexpected or of a wrong shape), and what ``stream.write_model`` raises.
+    supported, tensors missing, unexpected or of a wrong shape), and what ``write_calibrated`` raises.
     """
-    from .automatic import Conversion, write_calibrated  # which needs what reads folders and files
+    model_dir = Path(model_dir)
+    conversion = conversion_of(model_dir, out, options.type, options.k_order, progress=progress)
+    if not options.dry_run:
+        refuse_inputs([out], (path for path in model_dir.iterdir() if path.suffix != ".gguf"))  # tokenizers, ...
+    return write_calibrated(conversion, options)
 
+
+def conversion_of(
+    model_dir: Path, out: Path, type_name: str | None, k_order: str | None = None, *, progress: bool = True
+) -> Conversion:
+    """What is to be written to convert the folder ``model_dir``; ``type_name`` goes into the metadata.
+
+    Raises ``ModelError`` as :func:`convert` does.
+    """
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise ModelError("no such folder", file=model_dir)
     family = family_of(model_dir)
     # The tensors' shapes come first: they vouch for the sizes in the config before anything is built by them.
-    checkpoint = open_checkpoint(model_dir, family.config, options.k_order)
+    checkpoint = open_checkpoint(model_dir, family.config, k_order)
     sources = load_sources(family, checkpoint)
     vocab = load_vocab(model_dir, family.vocab_size)
+    vocab.specialize(family.spec.pretokenizers, family.spec.special_tokens)
 
     def set_metadata(writer: gguf.GGUFWriter) -> None:
-        write_metadata(writer, model_dir, family, vocab, sources, options.type)
+        write_metadata(writer, model_dir, family, vocab, sources, type_name)
         if checkpoint.residual_order is not None:
             writer.add_array(f"{family.arch_name}.residual_order", checkpoint.residual_order)
 
     files = [model_dir / "config.json", *checkpoint.files]
-    conversion = Conversion(Path(out), family.arch_name, sources, files, set_metadata, progress=progress)
-    return write_calibrated(conversion, options)
-
-
-# --- tensors --------------------------------------------------------------------------------------------------------
-
-
-def load_sources(family: Family, checkpoint: Checkpoint) -> list[TensorSource]:
-    """The tensors of the GGUF file, each with a way to load its rows; nothing but headers is read here, unless the
-    output matrix may repeat the embedding.
-
-    Raises ``ModelError`` for a tensor that is missing, unexpected, or of a wrong shape or type.
-    """
-    stored = frozenset(t.name for t in checkpoint)
-    end = family.layers - 1
-    last = next(family.spec.layer[0].tensors(family, f"model.layers.{end}", end, stored)).parts[0].name
-    if last not in checkpoint:  # also keeps an absurd layer count from filling the memory
-        raise ModelError(f"is missing; the config has {family.layers} layers", file=checkpoint.model_dir, tensor=last)
-    used = set()
-    if repeats_embedding(family, checkpoint):
-        log.info("lm_head.weight repeats model.embed_tokens.weight and is left out")
-        used.add("lm_head.weight")
-        stored -= used
-    sources = []
-    for name, wanted in resolve(family, stored):
-        sources.append(make_source(name, wanted, checkpoint))
-        used.update(part.name for part in wanted.parts)
-    for tensor in checkpoint:
-        if tensor.name not in used and not family.is_ignored(tensor.name):
-            raise ModelError(
-                f"is unexpected: a {family.architecture} with this config has no such tensor",
-                file=tensor.path,
-                tensor=tensor.name,
-            )
-    for name, values in family.rope.factors(family.rotary_dim).items():
-        sources.append(_constant(name, values))
-    return sources
-
-
-def _constant(name: str, values: NDArray[np.float32]) -> TensorSource:
-    """A 1-D tensor that is no part of the checkpoint."""
-    return TensorSource(name, values.shape, lambda start, stop: values[None, :][start:stop], "f32")
-
-
-def repeats_embedding(family: Family, checkpoint: Checkpoint) -> bool:
-    """Whether a model with tied embeddings stores the output matrix once more.
-
-    One with other values is kept, with a warning: transformers does not tie it either.
-    """
-    embedding, output = "model.embed_tokens.weight", "lm_head.weight"
-    if not family.tied or output not in checkpoint or embedding not in checkpoint:
-        return False
-    a, b = checkpoint[embedding], checkpoint[output]
-    equal = a.shape == b.shape and len(a.shape) == 2
-    if equal:
-        step = max(1, _COMPARED_ROWS // max(1, a.shape[-1]))
-        for start in range(0, a.shape[0], step):
-            stop = min(a.shape[0], start + step)
-            if not np.array_equal(a.rows(start, stop), b.rows(start, stop)):
-                equal = False
-                break
-    if not equal:
-        log.warning("%s: lm_head.weight is kept: the config ties it to the embedding, but it differs", b.path)
-    return equal
-
-
-def make_source(name: str, wanted: Wanted, checkpoint: Checkpoint) -> TensorSource:
-    """``wanted`` as the tensor ``name``.  Raises ``ModelError`` if a part is missing or of a wrong shape or type."""
-    segments: list[_Segment] = []
-    for part in wanted.parts:
-        if part.name not in checkpoint:
-            raise ModelError("is missing", file=checkpoint.model_dir, tensor=part.name)
-        tensor = checkpoint[part.name]
-        if tensor.shape != part.shape:
-            raise ModelError(
-                f"has the shape {list(tensor.shape)}, the config asks for {list(part.shape)}",
-                file=tensor.path,
-                tensor=part.name,
-            )
-        segments.append(_Segment(tensor, part))
-    types = sorted({segment.tensor.type_name for segment in segments})
-    load = _stacked([(segment.rows, segment.count) for segment in segments])
-    raw = None
-    if len(types) == 1 and not wanted.heads and not wanted.shift and all(segment.has_raw for segment in segments):
-        raw = _stacked([(segment.raw, segment.count) for segment in segments])
-    if wanted.heads:
-        load = _interleaved(load, wanted.shape, wanted.heads)
-    if wanted.shift:
-        load = _shifted(load, wanted.shift)
-    return TensorSource(name, wanted.shape, load, types[0] if len(types) == 1 else "f32", raw)
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """What a part takes of its tensor."""
-
-    tensor: Weights
-    part: Part
-
-    @property
-    def count(self) -> int:
-        return self.part.count
-
-    @property
-    def has_raw(self) -> bool:
-        """Whether its rows can be had in the bytes of a GGUF type, unchanged."""
-        plain = not (self.part.transposed or self.part.of_columns)
-        return plain and isinstance(self.tensor, DecodedTensor) and self.tensor.raw is not None
-
-    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
-        part = self.part
-        if part.transposed:
-            low, high = part.offset + start * part.step, part.offset + (stop - 1) * part.step + 1
-            return self.tensor.columns(low, high, part.first, part.rows)[:, :: part.step].T
-        if part.of_columns:
-            return self.tensor.rows(part.first + start, part.first + stop)[:, part.offset :: part.step]
-        return self.tensor.rows(*self._span(start, stop))[:: part.step]
-
-    def raw(self, start: int, stop: int) -> NDArray[np.uint8]:
-        assert isinstance(self.tensor, DecodedTensor)
-        assert self.tensor.raw is not None
-        return self.tensor.raw(*self._span(start, stop))[:: self.part.step]
-
-    def _span(self, start: int, stop: int) -> tuple[int, int]:
-        base = self.part.first + self.part.offset
-        return base + start * self.part.step, base + (stop - 1) * self.part.step + 1
-
-
-def _stacked(segments: list[tuple[Callable[[int, int], NDArray[_T]], int]]) -> Callable[[int, int], NDArray[_T]]:
-    """Rows of several loaders one below the other: ``(loader, rows)`` each."""
-
-    def load(start: int, stop: int) -> NDArray[_T]:
-        parts, at = [], 0
-        for rows_of, rows in segments:
-            low, high = max(start, at), min(stop, at + rows)
-            if low < high:
-                parts.append(rows_of(low - at, high - at))
-            at += rows
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    return load
-
-
-def _shifted(load: LoadRows, shift: float) -> LoadRows:
-    """Rows with a number added, as the model's own code does it."""
-    return lambda start, stop: load(start, stop) + np.float32(shift)
-
-
-def row_order(rows: int, heads: int) -> NDArray[np.int64]:
-    """The rows of a query or key matrix in GGUF's order: within each of ``heads`` heads, ``0, d/2, 1, d/2+1 ..``.
-
-    Transformers rotates value i of a head together with value i + d/2, llama.cpp's ``llama`` with its neighbour.
-    """
-    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
-
-
-def _interleaved(load: LoadRows, shape: tuple[int, ...], heads: int) -> LoadRows:
-    """Rows (of a bias: values) in the order of :func:`row_order`."""
-    order = row_order(shape[0], heads)
-
-    def load_rows(start: int, stop: int) -> NDArray[np.float32]:
-        wanted = order[start:stop]
-        low = int(wanted.min())
-        return load(low, int(wanted.max()) + 1)[wanted - low]
-
-    def load_values(start: int, stop: int) -> NDArray[np.float32]:
-        return load(start, stop)[:, order]
-
-    return load_values if len(shape) == 1 else load_rows
-
-
-# --- metadata -------------------------------------------------------------------------------------------------------
+    return Conversion(Path(out), family.arch_name, sources, files, set_metadata, progress=progress)
 
 
 def write_metadata(

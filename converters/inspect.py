@@ -8,7 +8,7 @@ from typing import Any
 from ccq_format.errors import readable
 from ccq_format.gguf_io import Model, open_model
 
-from .plan import format_bytes
+from .console import format_bytes
 
 
 def inspect(path: str | os.PathLike[str]) -> Model:

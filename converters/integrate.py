@@ -21,12 +21,12 @@ import contextlib
 import json
 import os
 import re
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import ccq_format
 from ccq_format.errors import IntegrationError
+from ccq_format.output import OutputFile
 
 FOLDER = "ggml/src/ggml-ccq"
 """Where our own files go."""
@@ -383,15 +383,10 @@ class Integration:
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as out:
-            out.write(data)
-        os.chmod(temporary, path.stat().st_mode & 0o7777 if path.exists() else 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with OutputFile(path, overwrite=True) as out:
+        out.open().write(data)
+        if path.exists():
+            os.fchmod(out.file.fileno(), path.stat().st_mode & 0o7777)
 
 
 def _remove_empty_folders(folder: Path) -> None:

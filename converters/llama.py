@@ -9,12 +9,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,9 +21,10 @@ from numpy.typing import NDArray
 
 from ccq_format.errors import EvalError
 from ccq_format.gguf_io import open_model
+from ccq_format.output import OutputFile
 
+from .host import cpu_count
 from .imatrix import Importance
-from .plan import cpu_count
 
 log = logging.getLogger(__name__)
 
@@ -141,16 +140,12 @@ def stock_quantize(
             slot.name, slot.size = tensor, values.size
             slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         params.imatrix = data
-    out = Path(out)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     _error_lines.clear()
-    try:
-        if lib.llama_model_quantize(os.fsencode(source), os.fsencode(temporary), params):
+    with OutputFile(out, overwrite=True) as output:
+        output.open()
+        if lib.llama_model_quantize(os.fsencode(source), os.fsencode(output.reachable), params):
             reason = _error_lines[-1] if _error_lines else "no reason given"
             raise EvalError(f"llama.cpp could not quantize the model to {type_name}: {reason}", file=source)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class LlamaModel:

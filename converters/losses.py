@@ -31,15 +31,15 @@ from ccq_format.errors import ImportanceError
 from ccq_format.gguf_io import TensorInfo, open_model
 
 from .allocate import role_of
-from .calibrate import CalibrationOptions
+from .calibration import CalibrationOptions
 from .collect import BATCH, Advance, GraphRun, name_of, weight_of
 from .evaluate import log_softmax
+from .gguf_sources import decode_rows
 from .graph import Ggml, Node
 from .imatrix import Importance
 from .llama import load_plugin_for
-from .plan import EXPERTS
-from .quantize import decode_rows
 from .rules import is_vocabulary, never_quantized
+from .tensors import EXPERTS
 
 WINDOW = 64
 """Tokens per window; ``BATCH // WINDOW`` windows, spread over the text, are what the divergence is measured on, in the

@@ -56,7 +56,7 @@ _QUERY = re.compile(r"^(blk\.\d+\.attn_)q\.weight$")
 
 
 class MixtureScheme:
-    """A ``plan.Scheme`` that follows a mixture's rules.
+    """A ``schemes.Scheme`` that follows a mixture's rules.
 
     What is known of the model comes from its tensors alone: the number of layers, of experts, and of query heads that
     share a key (rows of ``attn_q`` per row of ``attn_k``).

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from ccq_format import layouts
 
-from .plan import TensorSource
+from .tensors import TensorSource
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

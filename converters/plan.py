@@ -1,132 +1,19 @@
-"""Which tensor gets which type: the plan that every conversion follows and that ``--dry-run`` prints.
-
-Types are lower-case names throughout: a CCQ type of ``ccq_format.layouts`` or one of ``STOCK_TYPES``.
-"""
+"""Which tensor gets which type: the plan that every conversion follows and that ``--dry-run`` prints."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
-from typing import Protocol
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 
-import gguf
-import numpy as np
-from numpy.typing import NDArray
-
-from ccq_format import layouts
 from ccq_format.errors import PlanError, readable
 
-from .hessian import Hessians
-from .imatrix import Importance
-from .mixtures import MIXTURES, MixtureScheme
+from .console import format_bytes
+from .options import QuantOptions
 from .rules import MTP_BLOCK, NOT_A_PRODUCT, UNMEASURED, Fate, in_layers, mtp_layers, rule_of
-
-PLAIN_TYPES: dict[str, tuple[int, int]] = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34)}
-"""The stock types that are sources and targets: weights per block, bytes per block."""
-
-STOCK_TYPES: dict[str, tuple[int, int]] = {**PLAIN_TYPES, "q4_0": (32, 18), "q5_0": (32, 22), "mxfp4": (32, 17)}
-"""All stock types that we write; mxfp4 keeps what gpt-oss is published in.  Of the small ones gguf can quantize, q4_0
-and q5_0 are a step above CCQ_T3 and leave less error than q4_1 and q5_1, which are larger (Gaussian weights, relative
-squared error: q4_0 0.0074, q4_1 0.0061, q5_0 0.0018, q5_1 0.0014)."""
-
-FLOAT_TYPES = ("f32", "f16", "bf16")
-
-COPIED_TYPES = {"i8": 1, "i16": 2, "i32": 4, "i64": 8, "f64": 8}
-"""Types that are no weights (token tables and the like): copied as they are; bytes per element."""
-
-KEEP = "keep"
-"""For ``QuantOptions.type``: leave every matrix as it is."""
-
-SMALLER_BLOCKS: dict[str, tuple[str, ...]] = {"ccq_t1": ("ccq_t1_5",)}
-"""Types of the same kind that rows can fall back to that are no multiple of a type's block."""
-
-EXPERTS = re.compile(r"_(ch)?exps\.weight$")
-
-LoadRows = Callable[[int, int], NDArray[np.float32]]
-RawRows = Callable[[int, int], NDArray[np.uint8]]
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """One tensor to convert.
-
-    ``name`` is its GGUF name and ``shape`` its shape in numpy order (row length last).  Rows are the tensor reshaped
-    to ``[prod(shape[:-1]), shape[-1]]`` (a 1-D tensor is one row): ``load_rows(start, stop)`` returns them as float32
-    ``[stop - start, row_len]``, ``raw_rows(start, stop)``, if given, their stored bytes as uint8
-    ``[stop - start, row_bytes]`` in type ``source_type`` (a lower-case type name), little-endian as in GGUF.  The
-    bytes are copied unchanged where the target type is ``source_type``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    load_rows: LoadRows
-    source_type: str
-    raw_rows: RawRows | None = None
-
-    @property
-    def row_len(self) -> int:
-        """Weights per row."""
-        return self.shape[-1]
-
-    @property
-    def rows(self) -> int:
-        """Number of rows, expert matrices stacked."""
-        return prod(self.shape[:-1])
-
-    @property
-    def matrices(self) -> int:
-        """Matrices stacked in the tensor."""
-        return prod(self.shape[:-2])
-
-    @property
-    def n_weights(self) -> int:
-        """Number of weights."""
-        return prod(self.shape)
-
-
-@dataclass(frozen=True)
-class QuantOptions:
-    """What the user asked for.
-
-    ``type`` is a type, a mixture (``mixtures.MIXTURES``) or ``KEEP``; ``None`` where types are to be allocated to an
-    average of ``target_bpw`` bits per weight or a file of ``target_size`` bytes, or ``target_ratio`` times what all
-    weights take in 16 bits (see ``allocate``); exactly one of the four.
-    ``overrides`` are ``(regular expression, type)`` pairs on GGUF names, first match wins; ``imatrix`` weights the
-    errors of the CCQ types; matrices with a Hessian are encoded with error feedback instead; ``threads`` <= 0 means
-    one per CPU; ``effort`` is how far the T types' encoder searches (``ccq_backend.EFFORTS``); ``calibrate`` lets
-    ``automatic`` measure the data that few bits need and that are not given, with ``feedback`` Hessians as well;
-    ``force`` takes types that make no sense without importance data all the same; ``resume`` keeps what an interrupted
-    conversion has encoded, and goes on there; no file of the output is larger than ``split_max_size`` bytes (see
-    ``ccq_format.gguf_io.SplitWriter``); ``k_order`` is the order of the inputs of wint2 matrices
-    (``sources.wint2.ORDERS``, ``None`` = find out).  ``resume.job_of`` must know which fields change no byte.
-    """
-
-    type: str | None = None
-    overrides: list[tuple[str, str]] = field(default_factory=list)
-    threads: int = 0
-    effort: str = "default"
-    fallback: bool = True
-    overwrite: bool = False
-    dry_run: bool = False
-    resume: bool = False
-    force: bool = False
-    imatrix: Importance | None = None
-    hessian: Hessians | None = None
-    target_bpw: float | None = None
-    target_size: int | None = None
-    target_ratio: float | None = None
-    calibrate: bool = False
-    feedback: bool = False
-    split_max_size: int | None = None
-    k_order: str | None = None
-
-    def __post_init__(self) -> None:
-        wishes = (self.type, self.target_bpw, self.target_size, self.target_ratio)
-        if sum(wish is not None for wish in wishes) != 1:
-            raise PlanError("give exactly one of --type, --target-bpw and --target-size")
+from .schemes import Keep, Pure, Scheme, scheme_of
+from .target_types import COPIED_TYPES, FLOAT_TYPES, bits, block, fallback, is_ccq, is_quantized, parse_type, row_bytes
+from .tensors import EXPERTS, TensorSource
 
 
 @dataclass(frozen=True)
@@ -144,49 +31,6 @@ class PlannedTensor:
     def copied(self) -> bool:
         """Whether its bytes are those of the source, unchanged."""
         return self.source.raw_rows is not None and self.type == self.source.source_type
-
-
-class Scheme(Protocol):
-    """What types a plan gives to the tensors that it is free to choose for."""
-
-    def matrix(self, name: str) -> tuple[str, str]:
-        """Type and reason of a matrix or a stack of experts."""
-
-    def vocabulary(self, name: str) -> tuple[str, str]:
-        """Type and reason of a token embedding or output matrix."""
-
-
-@dataclass(frozen=True)
-class Pure:
-    """One type for all matrices; embedding and output are q8_0."""
-
-    type: str
-
-    def matrix(self, name: str) -> tuple[str, str]:
-        """See ``Scheme``."""
-        return self.type, "--type"
-
-    def vocabulary(self, name: str) -> tuple[str, str]:
-        """See ``Scheme``."""
-        return "q8_0", "embedding or output"
-
-
-@dataclass(frozen=True)
-class Keep:
-    """The type that every matrix has already, by tensor name."""
-
-    types: Mapping[str, str]
-
-    def matrix(self, name: str) -> tuple[str, str]:
-        """See ``Scheme``.  Raises ``PlanError`` if it is none that a file can have."""
-        try:
-            return parse_type(self.types[name]), "--type keep"
-        except PlanError:
-            raise PlanError(f"is {self.types[name]}, which cannot be kept; choose a type", tensor=name) from None
-
-    def vocabulary(self, name: str) -> tuple[str, str]:
-        """See ``Scheme``."""
-        return self.matrix(name)
 
 
 @dataclass(frozen=True)
@@ -304,69 +148,6 @@ class Plan:
         return f", expected loss {self.loss:.4g} {self.loss_unit}"
 
 
-def parse_type(text: str) -> str:
-    """The canonical (lower-case) name of a target type; ``T2`` is short for ``ccq_t2``.
-
-    Raises ``PlanError`` for an unknown name.
-    """
-    name = text.strip().lower()
-    if name in STOCK_TYPES:
-        return name
-    for candidate in (name, f"ccq_{name}"):
-        try:
-            return layouts.by_name(candidate).name
-        except KeyError:
-            continue
-    known = ", ".join([*(layout.name for layout in layouts.LAYOUTS), *MIXTURES, *STOCK_TYPES, KEEP])
-    raise PlanError(f"unknown type '{text}'; known types: {known}")
-
-
-def is_ccq(type_name: str) -> bool:
-    """Whether a canonical type name is a CCQ type."""
-    return any(layout.name == type_name for layout in layouts.LAYOUTS)
-
-
-def block(type_name: str) -> tuple[int, int]:
-    """Weights and bytes of one block of a canonical type name, or of another type of gguf's.  Raises ``KeyError``."""
-    weights, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
-    return weights, nbytes
-
-
-def is_quantized(type_name: str) -> bool:
-    """Whether a type name is gguf's or ours and has blocks of several weights."""
-    kind = gguf.GGMLQuantizationType.__members__.get(type_name.upper())
-    return kind is not None and gguf.GGML_QUANT_SIZES[kind][0] > 1
-
-
-def row_bytes(type_name: str, row_len: int) -> int:
-    """Bytes of a row of ``row_len`` weights, which must be whole blocks."""
-    weights, nbytes = block(type_name)
-    return row_len // weights * nbytes
-
-
-def bits(type_name: str) -> float:
-    """Bits per weight of a canonical type name."""
-    weights, nbytes = block(type_name)
-    return 8 * nbytes / weights
-
-
-def cpu_count() -> int:
-    """CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def format_bytes(n: int) -> str:
-    """A byte count for people: ``1.5 MiB``."""
-    value, unit = float(n), "B"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{n} B" if unit == "B" else f"{value:.2f} {unit}"
-
-
 def make_plan(
     sources: list[TensorSource],
     options: QuantOptions,
@@ -427,29 +208,6 @@ def _is_better(source: TensorSource, target: str) -> bool:
     if source.raw_rows is None or not is_quantized(stored) or not is_quantized(target) or stored == target:
         return False
     return bits(stored) <= bits(target)
-
-
-def fallback(type_name: str, row_len: int) -> str:
-    """The smallest of q4_0, q5_0, q8_0 and f16 that has more bits per weight than ``type_name`` and fits the rows; for
-    ccq_t1 first ccq_t1_5, whose blocks are half as long."""
-    for candidate in (*SMALLER_BLOCKS.get(type_name, ()), "q4_0", "q5_0", "q8_0"):
-        if row_len % block(candidate)[0] == 0 and bits(candidate) > bits(type_name):
-            return candidate
-    return "f16"
-
-
-def scheme_of(name: str, sources: list[TensorSource]) -> Scheme:
-    """The scheme of a type, a mixture or ``KEEP``; ``T2_M`` is short for ``ccq_t2_m``.
-
-    Raises ``PlanError`` if there is none.
-    """
-    lower = name.strip().lower()
-    for candidate in (lower, f"ccq_{lower}"):
-        if candidate in MIXTURES:
-            return MixtureScheme(MIXTURES[candidate], [(s.name, s.shape) for s in sources])
-    if lower == KEEP:
-        return Keep({s.name: s.source_type for s in sources})
-    return Pure(parse_type(name))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 llama.cpp keeps a list of names with a regular expression and merge rules each (``llama_vocab::impl::load`` and
 ``llm_tokenizer_bpe`` in ``src/llama-vocab.cpp``).  Its converter finds the name by hashing the tokens of a test string;
-here it follows from the pre-tokenizer itself, so that models with an own vocabulary are recognized, too.
+here it follows from the pre-tokenizer itself, so that models with an own vocabulary are recognized, too.  Of several
+names for one way of cutting the first is taken here, and a family's own later (``arch.Spec.pretokenizers``).
 """
 
 from __future__ import annotations

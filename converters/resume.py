@@ -14,7 +14,7 @@ from ccq_format._partial import DIGEST
 from ccq_format.errors import InputError
 
 from .imatrix import Importance
-from .plan import QuantOptions
+from .options import QuantOptions
 
 _CHANGE_NOTHING = frozenset({"threads", "overwrite", "dry_run", "resume", "calibrate", "feedback", "force"})
 """Fields of ``QuantOptions`` that no byte of the output depends on."""

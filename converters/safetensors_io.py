@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from ccq_format._unchanged import FileState, check_unchanged, read_array
 from ccq_format.errors import ModelError
 
 SINGLE_NAME = "model.safetensors"
@@ -60,13 +61,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as it lies in a file: ``shape`` in numpy order, ``offset`` in bytes from the start of the file."""
+    """One tensor as it lies in a file: ``shape`` in numpy order, ``offset`` in bytes from the start of the file, which
+    must stay in its ``state``."""
 
     name: str
     path: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    state: FileState
 
     @property
     def row_len(self) -> int:
@@ -105,7 +108,8 @@ class StoredTensor:
         dtype = self._dtype()
         count = (stop - start) * self.row_len
         try:
-            raw = np.fromfile(self.path, dtype, count, offset=self.offset + start * self.row_len * dtype.itemsize)
+            at = self.offset + start * self.row_len * dtype.itemsize
+            raw = read_array(self.path, self.state, dtype, count, at)
         except OSError as error:
             raise self.error(error.strerror or str(error)) from None
         if raw.size != count:
@@ -132,6 +136,7 @@ class StoredTensor:
                     if os.preadv(file.fileno(), [row], at) != size:
                         raise self.error("the file ends inside the tensor")
                     at += step
+                check_unchanged(file, self.state)
         except OSError as error:
             raise self.error(error.strerror or str(error)) from None
         return out
@@ -211,12 +216,13 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTensor], 
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
+        state = FileState.of(file)
     metadata = header.pop("__metadata__", None) or {}
     tensors = {}
     path = Path(path)
     for name, info in header.items():
         offset = 8 + length + info["data_offsets"][0]
-        tensors[name] = StoredTensor(name, path, info["dtype"], tuple(info["shape"]), offset)
+        tensors[name] = StoredTensor(name, path, info["dtype"], tuple(info["shape"]), offset, state)
     return tensors, metadata
 
 

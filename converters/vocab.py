@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ class Vocab:
     scores: list[float] | None
     special: gguf.SpecialVocab
     add_space_prefix: bool | None = None
+
+    def specialize(self, names: Mapping[str, str], special: Mapping[str, str]) -> None:
+        """Take the name that a family has for the pre-tokenizer, and its special tokens (kind: text)."""
+        self.pre = names.get(self.pre, self.pre)
+        for kind, text in special.items():
+            if text in self.tokens:
+                self.special.special_token_ids[kind] = self.tokens.index(text)
 
     def write(self, writer: gguf.GGUFWriter) -> None:
         """Add the ``tokenizer.*`` keys."""
@@ -94,7 +102,18 @@ def _settle_bos(vocab: Vocab, path: Path, tokenizer: dict[str, Any] | None, conf
     """
     if tokenizer is None:
         return
-    adds, stated = _adds_bos(tokenizer), config.get("add_bos_token")
+    front, stated = _in_front(tokenizer), config.get("add_bos_token")
+    bos = config.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    adds = len(front) == 1 and (bos is None or front[0] in (None, bos))
+    if adds and front[0] in vocab.tokens:
+        vocab.special.special_token_ids.setdefault("bos", vocab.tokens.index(front[0]))
+    if front and not adds:
+        log.warning(
+            "%s: transformers puts %s in front of a text; llama.cpp leaves that to the chat template",
+            path,
+            " ".join(map(str, front)),
+        )
     if isinstance(stated, bool):
         if stated != adds:
             log.warning(
@@ -104,15 +123,19 @@ def _settle_bos(vocab: Vocab, path: Path, tokenizer: dict[str, Any] | None, conf
         vocab.special.add_special_token["bos"] = False
 
 
-def _adds_bos(tokenizer: dict[str, Any]) -> bool:
-    """Whether the post-processor of a tokenizer.json puts a special token before the text."""
+def _in_front(tokenizer: dict[str, Any]) -> list[str | None]:
+    """The special tokens that the post-processor of a tokenizer.json puts before the text; ``None`` for BOS."""
+    front: list[str | None] = []
     for step in _steps(tokenizer.get("post_processor"), "processors"):
-        single = step.get("single") if step.get("type") == "TemplateProcessing" else None
         if step.get("type") in ("BertProcessing", "RobertaProcessing"):
-            return True
-        if isinstance(single, list) and single and isinstance(single[0], dict) and "SpecialToken" in single[0]:
-            return True
-    return False
+            return [None]
+        single = step.get("single") if step.get("type") == "TemplateProcessing" else None
+        for part in single if isinstance(single, list) else []:
+            special = part.get("SpecialToken") if isinstance(part, dict) else None
+            if not isinstance(special, dict):
+                break
+            front.append(str(special.get("id")))
+    return front
 
 
 def _checked(path: Path, vocab: Vocab) -> Vocab:
@@ -308,17 +331,20 @@ def _prepend_scheme(path: Path, tokenizer: dict[str, Any]) -> str:
     """When text gets a leading space, by the tokenizer's normalizer or pre-tokenizer: ``"always"``, that is behind
     every added token, too, ``"first"``, at the start only, or ``"never"``.
 
-    The Metaspace step adds none to text that starts with a space; SentencePiece, and llama.cpp with it, always do.
+    The Metaspace step adds none to text that starts with a space, unless a step before it has doubled that one;
+    SentencePiece, and llama.cpp with it, always do.
 
     Raises ``ModelError`` if these do anything but replace spaces by the SentencePiece space.
     """
-    scheme, replaces = "never", False
+    scheme, replaces, doubles = "never", False, False
     for step in _steps(tokenizer.get("normalizer"), "normalizers"):
         kind = step.get("type")
         if kind == "Prepend" and step.get("prepend") == _SPACE:
             scheme = "always"
         elif kind == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == _SPACE:
             replaces = True
+        elif step == {"type": "Replace", "pattern": {"Regex": rf"\A{_SPACE}"}, "content": 2 * _SPACE}:
+            doubles = True
         else:
             raise ModelError(f"its normalizer is unknown to llama.cpp: {step!r}", file=path)
     for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
@@ -327,6 +353,8 @@ def _prepend_scheme(path: Path, tokenizer: dict[str, Any]) -> str:
         replaces = True
         if scheme == "never":
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+    if doubles and scheme == "never":
+        raise ModelError("doubles a space before the text, which llama.cpp does not", file=path)
     if not replaces:
         raise ModelError("has byte fallback but does not replace spaces as SentencePiece does", file=path)
     return str(scheme)

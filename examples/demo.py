@@ -16,7 +16,9 @@ import click
 
 import ccq_backend
 from ccq_converters import evaluate, hf2gguf, llama
-from ccq_converters.plan import QuantOptions, cpu_count, format_bytes
+from ccq_converters.console import format_bytes
+from ccq_converters.host import cpu_count
+from ccq_converters.options import QuantOptions
 from ccq_format.errors import CcqError
 from ccq_format.gguf_io import open_model
 

@@ -35,7 +35,7 @@ def compiler() -> str | None:
 
 def build(library: Path, flags: tuple[str, ...] = ("-O1",), cuda: Path = CUDA) -> Path:
     """Compile the device code under ``cuda`` and the emulator to ``library``."""
-    sources = (str(cuda / "ccq_cuda.cu"), str(EMULATOR / "emulator.cpp"))
+    sources = (str(cuda / "ccq_cuda.cu"), str(cuda / "encode.cu"), str(EMULATOR / "emulator.cpp"))
     command = (str(compiler()), *FLAGS, *flags, f"-I{EMULATOR}", "-x", "c++", *sources, "-o", str(library))
     subprocess.run(command, check=True)
     return library
@@ -87,6 +87,33 @@ class Device:
         assert status == 0
         del keep
         return result
+
+    def encode(
+        self,
+        layout: Layout,
+        weights: npt.NDArray[np.float32],
+        importance: npt.NDArray[np.float32] | None = None,
+        effort: int = 0,
+        coupling: npt.NDArray[np.float32] | None = None,
+    ) -> tuple[int, npt.NDArray[np.uint8]]:
+        """``ccq_cuda_encode``: its status, and u8 [rows, row bytes]."""
+        rows, cols = weights.shape
+        out = np.full((rows, cols // layout.block_weights * layout.block_bytes), 0xEE, np.uint8)
+        floats = [None if a is None else np.ascontiguousarray(a, np.float32) for a in (weights, importance, coupling)]
+        x, w, u = (self.ffi.NULL if a is None else self.ffi.cast("float *", a.ctypes.data) for a in floats)
+        values = {
+            "type": layout.gguf_id,
+            "weights": x,
+            "n_rows": rows,
+            "n_cols": cols,
+            "importance": w,
+            "importance_stride": cols if importance is not None and importance.ndim == 2 else 0,
+            "effort": effort,
+            "coupling": u,
+            "blocks": self.ffi.cast("void *", out.ctypes.data),
+        }
+        status = self.lib.ccq_cuda_encode(self.ffi.new("ccq_cuda_encoding *", values), self.ffi.NULL)
+        return status, out
 
     def product(
         self,

@@ -21,7 +21,9 @@ from ccq_converters.allocate import Choices, choose, completed, measure
 from ccq_converters.cli import _size, main
 from ccq_converters.encode import encode_rows
 from ccq_converters.mixtures import LADDER
-from ccq_converters.plan import QuantOptions, TensorSource, row_bytes
+from ccq_converters.options import QuantOptions
+from ccq_converters.target_types import row_bytes
+from ccq_converters.tensors import TensorSource
 from ccq_format import codec, layouts
 from ccq_format.errors import ImportanceError, PlanError, WeightsError
 from ccq_format.gguf_io import ModelWriter, open_model

@@ -7,9 +7,11 @@ import pytest
 from gguf.constants import TENSOR_NAMES
 
 from ccq_converters import borrow
+from ccq_converters.data import check_importance
 from ccq_converters.imatrix import Entry, Importance
-from ccq_converters.plan import QuantOptions, TensorSource, make_plan
-from ccq_converters.stream import check_importance
+from ccq_converters.options import QuantOptions
+from ccq_converters.plan import make_plan
+from ccq_converters.tensors import TensorSource
 from ccq_format.errors import ImportanceError
 
 N = 128

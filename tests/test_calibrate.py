@@ -16,14 +16,16 @@ from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from ccq_converters import backward, forward, imatrix
+from ccq_converters import automatic, backward, forward, imatrix
 from ccq_converters import calibrate as module
 from ccq_converters.arch import family_of
-from ccq_converters.calibrate import CalibrationOptions, calibrate, load_windows
+from ccq_converters.calibrate import calibrate, load_windows
+from ccq_converters.calibration import CalibrationOptions
 from ccq_converters.cli import main
+from ccq_converters.collect import calibrate_file
 from ccq_converters.hessian import Hessians
 from ccq_converters.hf2gguf import convert
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_format.errors import EvalError, ImportanceError, ModelError, OutputError
 from ccq_format.gguf_io import open_model
 
@@ -489,6 +491,38 @@ def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("family", ["olmo2", "mistral3"])
+def test_other_families_run_in_llama_cpp(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result is that of the GGUF file, and nothing else is left; torch is not needed."""
+    folder, results = tmp_path / "model", tmp_path / "results"
+    results.mkdir()
+    build(Case("m", family, {"sliding_window": None}, torch.bfloat16), folder)
+    convert(folder, tmp_path / "model.gguf", QuantOptions("bf16"), progress=False)
+    options = CalibrationOptions(CTX, CHUNKS, threads=1, losses=True)
+    expected = calibrate_file(tmp_path / "model.gguf", HELDOUT, tmp_path / "expected.gguf", options, progress=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    out, products = results / "i.gguf", results / "h.safetensors"
+    got = calibrate(folder, HELDOUT, out, options, hessian=products, progress=False)
+    assert sorted(path.name for path in results.iterdir()) == ["h.safetensors", "i.gguf"]
+    assert got.entries.keys() == expected.entries.keys()
+    for name, entry in got.entries.items():
+        np.testing.assert_array_equal(entry.sums, expected.entries[name].sums)
+    assert got.losses == expected.losses
+    assert "blk.0.attn_q.weight" in Hessians(products)
+    with pytest.raises(OutputError, match="exists"):
+        calibrate(folder, HELDOUT, out, options, progress=False)
+    with pytest.raises(ModelError, match=r"gradients need torch.*--losses"):
+        calibrate(folder, HELDOUT, results / "g.gguf", CalibrationOptions(CTX, gradients=True), progress=False)
+
+
+def test_folders_too_large_for_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(Case("m", "olmo2", {"num_hidden_layers": 1}), tmp_path / "model")
+    monkeypatch.setattr(automatic, "free_memory", lambda: 1 << 20)
+    with pytest.raises(EvalError, match=r"1\.00 MiB are free: make a q8_0 file of it"):
+        calibrate(tmp_path / "model", HELDOUT, tmp_path / "i.gguf", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_unusable_input(tmp_path: Path) -> None:
     folder = small(MODELS[0], tmp_path / "model")
     out, text = tmp_path / "i.gguf", tmp_path / "text.txt"
@@ -498,9 +532,6 @@ def test_unusable_input(tmp_path: Path) -> None:
     text.write_bytes(b"\xff\xff")
     with pytest.raises(EvalError, match="no UTF-8"):
         calibrate(folder, text, out)
-    build(Case("m", "olmo2", {"num_hidden_layers": 1}), tmp_path / "olmo2")
-    with pytest.raises(ModelError, match=r"does not know the layers of Olmo2ForCausalLM.*llama-imatrix"):
-        calibrate(tmp_path / "olmo2", HELDOUT, tmp_path / "never.gguf")
     with pytest.raises(ModelError, match="its context is 512 tokens, not 513"):
         calibrate(folder, HELDOUT, out, CalibrationOptions(ctx=513))
     with pytest.raises(ModelError, match="no such folder"):

@@ -20,13 +20,14 @@ from click.testing import CliRunner, Result
 
 from ccq_converters import collect, graph, imatrix, llama
 from ccq_converters.arch import family_of
-from ccq_converters.calibrate import BUNDLED_TEXT, CalibrationOptions, calibrate, load_windows
+from ccq_converters.calibrate import calibrate, load_windows
+from ccq_converters.calibration import BUNDLED_TEXT, CalibrationOptions
 from ccq_converters.cli import main
 from ccq_converters.collect import calibrate_gguf
 from ccq_converters.dequantize import dequantize
 from ccq_converters.hessian import Hessians
 from ccq_converters.hf2gguf import convert
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_format.errors import EvalError, ImportanceError, ModelError, OutputError
 from ccq_format.gguf_io import open_model
 

@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ccq_converters.cli import main
-from ccq_converters.plan import STOCK_TYPES
-from ccq_converters.stream import progress_bar
+from ccq_converters.console import progress_bar
+from ccq_converters.target_types import STOCK_TYPES
 from ccq_format import codec, layouts
 from ccq_format.gguf_io import ModelWriter, open_model
 

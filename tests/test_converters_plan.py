@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 import ccq_backend
 from ccq_converters.encode import check_weights, encode_rows, rows_of_importance
 from ccq_converters.mixtures import LADDER, MIXTURES
-from ccq_converters.plan import COPIED_TYPES, STOCK_TYPES, QuantOptions, TensorSource, block, make_plan, parse_type
+from ccq_converters.options import QuantOptions
+from ccq_converters.plan import make_plan
+from ccq_converters.target_types import COPIED_TYPES, STOCK_TYPES, block, parse_type
+from ccq_converters.tensors import TensorSource
 from ccq_format import layouts
 from ccq_format.errors import ImportanceError, PlanError, WeightsError
 

@@ -26,10 +26,13 @@ from hypothesis.extra.numpy import arrays
 from ccq_converters import base_record, evaluate, hf2gguf, llama
 from ccq_converters.cli import main
 from ccq_converters.continuation import continuations
+from ccq_converters.conversion import Conversion
+from ccq_converters.convert import write_model
 from ccq_converters.dequantize import dequantize
-from ccq_converters.plan import QuantOptions, TensorSource
-from ccq_converters.quantize import quantize, sources_of
-from ccq_converters.stream import write_model
+from ccq_converters.gguf_sources import sources_of
+from ccq_converters.options import QuantOptions
+from ccq_converters.quantize import quantize
+from ccq_converters.tensors import TensorSource
 from ccq_format.errors import EvalError, InputError
 from ccq_format.gguf_io import open_model
 
@@ -54,17 +57,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     sources = sources_of(model)
     model.fields.pop("tokenizer.ggml.add_bos_token")
     write_model(
-        out["bos"],
-        arch=model.arch,
-        copy_from=model,
-        set_metadata=lambda writer: writer.add_add_bos_token(True),
-        sources=sources,
-        options=QuantOptions("f32"),
+        Conversion(
+            out["bos"], model.arch, sources, copy_from=model, set_metadata=lambda writer: writer.add_add_bos_token(True)
+        ),
+        QuantOptions("f32"),
     )
     noisy = [noise(s) if s.name.startswith("blk.") and len(s.shape) == 2 else s for s in sources]
-    write_model(
-        out["noise"], arch=model.arch, copy_from=open_model(out["f32"]), sources=noisy, options=QuantOptions("f16")
-    )
+    write_model(Conversion(out["noise"], model.arch, noisy, copy_from=open_model(out["f32"])), QuantOptions("f16"))
     return out
 
 
@@ -229,11 +228,13 @@ def test_what_cannot_be_evaluated(files: dict[str, Path], tmp_path: Path) -> Non
 def test_llama_cpps_own_reason_is_quoted(files: dict[str, Path], tmp_path: Path) -> None:
     model = open_model(files["f16"])
     write_model(
-        tmp_path / "odd.gguf",
-        arch=model.arch,
-        copy_from=model,
-        sources=[s for s in sources_of(model) if s.name != "blk.1.ffn_up.weight"],
-        options=QuantOptions("f16"),
+        Conversion(
+            tmp_path / "odd.gguf",
+            model.arch,
+            [s for s in sources_of(model) if s.name != "blk.1.ffn_up.weight"],
+            copy_from=model,
+        ),
+        QuantOptions("f16"),
     )
     line = refused(tmp_path / "odd.gguf", "--text", TEXT)
     assert "llama.cpp refused the model" in line
@@ -258,7 +259,7 @@ def _other_vocabulary(path: Path, folder: Path) -> Path:
     a, b = pieces.index("▁the"), pieces.index("▁of")
     pieces[a], pieces[b] = pieces[b], pieces[a]
     out = folder / "other.gguf"
-    write_model(out, arch=model.arch, copy_from=model, sources=sources_of(model), options=QuantOptions("f16"))
+    write_model(Conversion(out, model.arch, sources_of(model), copy_from=model), QuantOptions("f16"))
     return out
 
 
@@ -411,12 +412,14 @@ def test_greedy_by_definition_and_to_the_end(files: dict[str, Path], tmp_path: P
     model = open_model(files["f32"])
     model.fields.pop("tokenizer.ggml.eos_token_id")
     write_model(
-        tmp_path / "eos.gguf",
-        arch=model.arch,
-        copy_from=model,
-        set_metadata=lambda writer: writer.add_eos_token_id(made[last]),
-        sources=sources_of(open_model(files["f32"])),
-        options=QuantOptions("f32"),
+        Conversion(
+            tmp_path / "eos.gguf",
+            model.arch,
+            sources_of(open_model(files["f32"])),
+            copy_from=model,
+            set_metadata=lambda writer: writer.add_eos_token_id(made[last]),
+        ),
+        QuantOptions("f32"),
     )
     with llama.LlamaModel(tmp_path / "eos.gguf", n_ctx=64, threads=1, exact=True) as ending:
         assert ending.generate(PROMPT, 12)[0] == before

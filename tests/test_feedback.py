@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import ccq_backend
 from ccq_converters.feedback import encode_with_feedback, factorize
 from ccq_converters.hessian import Hessians, HessianWriter
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_converters.quantize import quantize
 from ccq_format import layouts
 from ccq_format.errors import ImportanceError, ShapeError

@@ -19,7 +19,8 @@ from fuzz.minimise import minimise
 from fuzz.seeds import SEEDS, seed
 from fuzz.targets import Target, make_input, targets
 
-from ccq_converters import inspect, stream
+from ccq_converters import convert, inspect
+from ccq_converters.conversion import Conversion
 from ccq_format.errors import ModelError
 
 ALL = [target for group in targets().values() for target in group]
@@ -108,24 +109,24 @@ def test_control_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = stream.write_planned
+    plain = convert.write_planned
 
-    def write(out: str | os.PathLike[str], *args: Any, **more: Any) -> None:
-        plain(out, *args, **more)
-        Path(out).with_name(".forgotten").touch()
+    def write(conversion: Conversion, *args: Any) -> None:
+        plain(conversion, *args)
+        conversion.out.with_name(".forgotten").touch()
 
-    monkeypatch.setattr(stream, "write_planned", write)
+    monkeypatch.setattr(convert, "write_planned", write)
     assert judge(QUANTIZE, seed(QUANTIZE.seed), tmp_path).fault == "output files are left"
 
 
 def test_damaged_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = stream.write_planned
+    plain = convert.write_planned
 
-    def write(out: str | os.PathLike[str], *args: Any, **more: Any) -> None:
-        plain(out, *args, **more)
-        os.truncate(out, 100)
+    def write(conversion: Conversion, *args: Any) -> None:
+        plain(conversion, *args)
+        os.truncate(conversion.out, 100)
 
-    monkeypatch.setattr(stream, "write_planned", write)
+    monkeypatch.setattr(convert, "write_planned", write)
     assert judge(QUANTIZE, seed(QUANTIZE.seed), tmp_path).fault == "its output is damaged"
 
 

@@ -13,7 +13,9 @@ from giants import GIANTS, tensors, write_skeleton
 
 from ccq_converters import cost
 from ccq_converters.cost import expectation
-from ccq_converters.plan import QuantOptions, TensorSource, make_plan
+from ccq_converters.options import QuantOptions
+from ccq_converters.plan import make_plan
+from ccq_converters.tensors import TensorSource
 
 from .test_memory import MEASURE
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ccq_converters.hf2gguf import convert
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_format.errors import ModelError
 from ccq_format.gguf_io import open_model
 

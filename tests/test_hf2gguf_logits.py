@@ -12,9 +12,9 @@ import transformers
 
 from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 
-from .upstream_diff.models import CASES, EXAMPLE, EXTRA_CASES, FAMILY_CASES, Case, build
+from .upstream_diff.models import CASES, EXAMPLE, EXTRA_CASES, FAMILY_CASES, MULTIMODAL_CASES, Case, auto_class, build
 
 N_TOKENS = 96
 """Longer than the 64 positions of the scaled models' original context."""
@@ -38,14 +38,14 @@ def in_llama_cpp(path: Path, tokens: list[int]) -> np.ndarray:
 
 def in_transformers(folder: Path, tokens: list[int]) -> np.ndarray:
     """The same by transformers, everything in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model = auto_class(transformers.AutoConfig.from_pretrained(folder), whole=False).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
     with torch.no_grad():
         return log_probabilities(model(torch.tensor([tokens])).logits[0].numpy())
 
 
-@pytest.mark.parametrize("case", CASES + FAMILY_CASES + EXTRA_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + FAMILY_CASES + MULTIMODAL_CASES + EXTRA_CASES, ids=lambda case: case.name)
 def test_log_probabilities(case: Case, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     build(case, folder)

@@ -14,10 +14,26 @@ from safetensors.torch import load_file, save_file
 from ccq_converters.arch.config import Config
 from ccq_converters.arch.rope import Rope
 from ccq_converters.hf2gguf import convert
-from ccq_converters.plan import Plan, QuantOptions
+from ccq_converters.options import QuantOptions
+from ccq_converters.plan import Plan
 from ccq_format.gguf_io import open_model
 
-from .upstream_diff.models import EXAMPLE, GPT_OSS, LLAMA3_ROPE, MOE, QWEN_MOE, Case, build
+from .upstream_diff.models import (
+    DELTA_MOE,
+    DELTA_NET,
+    ERNIE_MOE,
+    EXAMPLE,
+    GLM_MOE,
+    GPT_OSS,
+    GROUPS,
+    LATENT,
+    LLAMA3_ROPE,
+    MOE,
+    MROPE,
+    QWEN_MOE,
+    Case,
+    build,
+)
 
 DRY = QuantOptions("f32", dry_run=True)
 
@@ -32,7 +48,7 @@ def planned(case: Case, folder: Path) -> tuple[Plan, dict[str, np.ndarray]]:
     return plan, stored
 
 
-def values(plan: Plan, name: str, step: int) -> np.ndarray:
+def values_of(plan: Plan, name: str, step: int) -> np.ndarray:
     """The tensor ``name``, loaded ``step`` rows at a time."""
     source = next(t.source for t in plan.tensors if t.source.name == name)
     parts = [source.load_rows(i, min(i + step, source.rows)) for i in range(0, source.rows, step)]
@@ -53,9 +69,9 @@ def test_rotary_order(step: int, tmp_path: Path) -> None:
                 for i in range(12):
                     expected[head * 24 + 2 * i] = hf[head * 24 + i]
                     expected[head * 24 + 2 * i + 1] = hf[head * 24 + 12 + i]
-            np.testing.assert_array_equal(values(plan, f"blk.0.attn_{kind}.{suffix}", step), expected)
+            np.testing.assert_array_equal(values_of(plan, f"blk.0.attn_{kind}.{suffix}", step), expected)
     np.testing.assert_array_equal(
-        values(plan, "blk.0.attn_v.weight", step), stored["model.layers.0.self_attn.v_proj.weight"]
+        values_of(plan, "blk.0.attn_v.weight", step), stored["model.layers.0.self_attn.v_proj.weight"]
     )
 
 
@@ -71,18 +87,32 @@ def test_stacked_experts(step: int, fused: bool, tmp_path: Path) -> None:
         names = {"gate": "w1", "up": "w3", "down": "w2"}
         expected = {k: np.stack([stored[f"{moe}.{e}.{w}.weight"] for e in range(4)]) for k, w in names.items()}
     for kind, weights in expected.items():
-        np.testing.assert_array_equal(values(plan, f"blk.0.ffn_{kind}_exps.weight", step), weights)
+        np.testing.assert_array_equal(values_of(plan, f"blk.0.ffn_{kind}_exps.weight", step), weights)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+MIXTURES = {
+    "mixtral": MOE,
+    "qwen3_moe": QWEN_MOE,
+    "qwen3_next": DELTA_MOE,
+    "qwen3_5_moe": {**DELTA_MOE, "rope_parameters": MROPE},
+    "olmoe": {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": GLM_MOE,
+    "ernie4_5_moe": ERNIE_MOE,
+    "deepseek_v2": LATENT,
+    "deepseek_v3": {**LATENT, **GROUPS},
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
 def test_both_expert_layouts_give_the_same_file(family: str, tmp_path: Path) -> None:
-    config = {**(MOE if family == "mixtral" else QWEN_MOE), "num_hidden_layers": 1}
-    files = []
+    files, layouts = [], []
     for fused in (False, True):
         folder = tmp_path / f"{fused}" / "model"
-        build(Case("m", family, config, fused=fused), folder)
+        build(Case("m", family, MIXTURES[family], fused=fused), folder)
+        layouts.append(set(load_file(folder / "model.safetensors")))
         convert(folder, tmp_path / f"{fused}.gguf", QuantOptions("f32"), progress=False)
         files.append((tmp_path / f"{fused}.gguf").read_bytes())
+    assert layouts[0] != layouts[1]
     assert files[0] == files[1]
 
 
@@ -114,6 +144,23 @@ def test_single_file_beside_an_old_index(tmp_path: Path, caplog: pytest.LogCaptu
     assert "model.safetensors.index.json: not read" in caplog.text
 
 
+def test_shards_without_an_index_in_a_hub_cache(tmp_path: Path) -> None:
+    """A snapshot of the hub's cache is links to files that are named by their hashes."""
+    snapshot, blobs = tmp_path / "snapshots" / "0123abcd", tmp_path / "blobs"
+    blobs.mkdir()
+    build(Case("m", "llama", {"num_hidden_layers": 1}, shards=True), snapshot)
+    convert(snapshot, tmp_path / "plain.gguf", QuantOptions("f32"), progress=False)
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(blobs / f"{number:064x}")
+        path.symlink_to(Path("../../blobs") / f"{number:064x}")
+    convert(snapshot, tmp_path / "linked.gguf", QuantOptions("f32"), progress=False)
+    (snapshot / "model.safetensors.index.json").unlink()
+    convert(snapshot, tmp_path / "unlisted.gguf", QuantOptions("f32"), progress=False)
+    plain = (tmp_path / "plain.gguf").read_bytes()
+    assert (tmp_path / "linked.gguf").read_bytes() == plain
+    assert (tmp_path / "unlisted.gguf").read_bytes() == plain
+
+
 @pytest.mark.parametrize("prefix", ["", "language_model.model.", "model.language_model."])
 def test_other_prefixes(prefix: str, tmp_path: Path) -> None:
     """A base model has no head and no ``model.``; models of several modalities have more in front."""
@@ -130,6 +177,31 @@ def test_other_prefixes(prefix: str, tmp_path: Path) -> None:
     found = {t.name: t.data() for t in open_model(tmp_path / "out.gguf").tensors}
     assert found.keys() == plain.keys()
     assert all(np.array_equal(found[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("keys", "values"), [(2, 6), (4, 4)])
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_order_of_value_heads(step: int, keys: int, values: int, tmp_path: Path) -> None:
+    """llama.cpp repeats all key heads of a linear attention: value head ``v`` of key head ``k`` moves from place ``k *
+    ratio + v`` to ``v * keys + k``, in rows, columns and single values alike."""
+    config = {**DELTA_NET, "linear_num_key_heads": keys, "linear_num_value_heads": values, "rope_parameters": MROPE}
+    plan, stored = planned(Case("m", "qwen3_5", config), tmp_path)
+    stored = {name.replace("model.language_model.", "model."): tensor for name, tensor in stored.items()}
+    prefix, size, ratio = "model.layers.0.linear_attn", 16, values // keys
+    heads = [k * ratio + v for v in range(ratio) for k in range(keys)]
+    rows = np.concatenate([np.arange(size) + head * size for head in heads])
+    mixed = np.concatenate([np.arange(2 * keys * size), 2 * keys * size + rows])
+    for ours, expected in (
+        ("attn_qkv.weight", stored[f"{prefix}.in_proj_qkv.weight"][mixed]),
+        ("attn_gate.weight", stored[f"{prefix}.in_proj_z.weight"][rows]),
+        ("ssm_conv1d.weight", stored[f"{prefix}.conv1d.weight"][mixed, 0]),
+        ("ssm_alpha.weight", stored[f"{prefix}.in_proj_a.weight"][heads]),
+        ("ssm_beta.weight", stored[f"{prefix}.in_proj_b.weight"][heads]),
+        ("ssm_out.weight", stored[f"{prefix}.out_proj.weight"][:, rows]),
+        ("ssm_dt.bias", stored[f"{prefix}.dt_bias"][heads]),
+        ("ssm_a", -np.exp(stored[f"{prefix}.A_log"][heads].astype(np.float64)).astype(np.float32)),
+    ):
+        np.testing.assert_array_equal(values_of(plan, f"blk.0.{ours}", step), expected, ours)
 
 
 def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:

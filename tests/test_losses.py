@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from ccq_converters import imatrix, losses
-from ccq_converters.calibrate import CalibrationOptions
+from ccq_converters.calibration import CalibrationOptions
 from ccq_converters.cli import main
 from ccq_converters.collect import GraphRun, calibrate_gguf
 from ccq_converters.evaluate import log_softmax
@@ -20,7 +20,7 @@ from ccq_converters.hf2gguf import convert
 from ccq_converters.imatrix import Importance
 from ccq_converters.llama import load_plugin_for
 from ccq_converters.losses import measure_losses
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_format.errors import ImportanceError
 from ccq_format.gguf_io import ModelWriter, TensorInfo, open_model
 

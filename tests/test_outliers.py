@@ -15,8 +15,9 @@ from ccq_converters import allocate
 from ccq_converters.cli import main
 from ccq_converters.encode import encode_rows
 from ccq_converters.hessian import HessianWriter
+from ccq_converters.options import QuantOptions
 from ccq_converters.outliers import A_FIFTH, BlockErrors, block_powers, outlier_powers
-from ccq_converters.plan import QuantOptions, TensorSource
+from ccq_converters.tensors import TensorSource
 from ccq_format.gguf_io import ModelWriter
 
 from .cli_common import without_calibration

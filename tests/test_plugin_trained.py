@@ -10,7 +10,7 @@ import ccq_backend
 from ccq_converters import evaluate, hf2gguf
 from ccq_converters.dequantize import dequantize
 from ccq_converters.llama import stock_quantize
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -12,7 +12,7 @@ import pytest
 from ccq_converters import imatrix
 from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_format.errors import ModelError
 from ccq_format.gguf_io import open_model
 

@@ -10,8 +10,11 @@ import pytest
 
 from ccq_converters.imatrix import Entry, Importance
 from ccq_converters.mixtures import LADDER, MIXTURES
-from ccq_converters.plan import QuantOptions, TensorSource, bits, free_matrices, make_plan
+from ccq_converters.options import QuantOptions
+from ccq_converters.plan import free_matrices, make_plan
 from ccq_converters.rules import RULES, Fate, mtp_layers, rule_of
+from ccq_converters.target_types import bits
+from ccq_converters.tensors import TensorSource
 
 ARCHITECTURES = sorted(gguf.MODEL_TENSORS, key=lambda arch: arch.name)
 

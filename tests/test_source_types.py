@@ -11,8 +11,10 @@ from click.testing import CliRunner, Result
 
 from ccq_converters.cli import main
 from ccq_converters.evaluate import evaluate
-from ccq_converters.plan import QuantOptions, TensorSource, make_plan
+from ccq_converters.options import QuantOptions
+from ccq_converters.plan import make_plan
 from ccq_converters.quantize import quantize
+from ccq_converters.tensors import TensorSource
 from ccq_format.errors import CcqError, ShapeError, TensorTypeError
 from ccq_format.gguf_io import ModelWriter, open_model
 

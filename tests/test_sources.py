@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ccq_converters.arch.config import Config
 from ccq_converters.hf2gguf import convert
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_converters.safetensors_io import Checkpoint, DecodedTensor, Weights
 from ccq_converters.sources import open_checkpoint
 from ccq_format.errors import ModelError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,10 @@ from click.testing import CliRunner, Result
 
 from ccq_converters import hf2gguf, stream
 from ccq_converters.cli import main
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_format.errors import CcqError, HeaderError, InputError
 from ccq_format.gguf_io import ModelWriter, SplitWriter, open_model, part_path
+from ccq_format.output import OutputFile
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "manllama-4m"
 LIMIT = 1_500_000
@@ -134,17 +134,17 @@ def test_nothing_appears_before_all_is_complete(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ValueError, match="incomplete"):
         write(2, fail=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
-    # The last renaming fails: no mixture of old and new files can be opened.
-    replace = os.replace
+    # The first file, which is published last, gets no name: no mixture of old and new files can be opened.
+    publish = OutputFile.publish
 
-    def refuse(source: Any, target: Any) -> None:
-        if Path(target).name.startswith("o-00001"):
+    def refuse(self: OutputFile) -> None:
+        if self.path.name.startswith("o-00001"):
             raise OSError(5, "Input/output error")
-        replace(source, target)
+        publish(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", refuse)
-        with pytest.raises(CcqError, match="Input/output error"):
+        patch.setattr(OutputFile, "publish", refuse)
+        with pytest.raises(OSError, match="Input/output error"):
             write(3)
     assert names(tmp_path) == []
     write(4)

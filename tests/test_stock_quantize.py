@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ccq_converters import hf2gguf, imatrix, llama
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_format.errors import EvalError
 from ccq_format.gguf_io import open_model
 

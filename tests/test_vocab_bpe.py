@@ -11,13 +11,23 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_converters.pretokenizer import pretokenizer_name
 from ccq_converters.vocab import load_vocab
 from ccq_format.errors import ModelError
 from ccq_format.gguf_io import open_model
 
-from .upstream_diff.models import LLAMA3_REGEX, QWEN2_REGEX, TRAINING_TEXT, Case, bpe_tokenizer, build, save_bpe
+from .upstream_diff.models import (
+    GLM_MOE,
+    LLAMA3_REGEX,
+    LLAMA4,
+    QWEN2_REGEX,
+    TRAINING_TEXT,
+    Case,
+    bpe_tokenizer,
+    build,
+    save_bpe,
+)
 
 TEXTS = [
     "",
@@ -151,6 +161,35 @@ def test_space_behind_added_tokens(
             load_vocab(tmp_path, 300)
 
 
+def test_doubled_space_without_one_before_the_text(tmp_path: Path) -> None:
+    """transformers 5 doubles a space at the start where its next step would put one before the text; alone, it would
+    mean something that llama.cpp cannot do."""
+    save_bpe(tmp_path, "qwen2")
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    double = {"type": "Replace", "pattern": {"Regex": "\\A\u2581"}, "content": "\u2581\u2581"}
+    edit(tmp_path, normalizer={"type": "Sequence", "normalizers": [space, double]}, pre_tokenizer=None)
+    edit(tmp_path, model__byte_fallback=True)
+    with pytest.raises(ModelError, match="doubles a space before the text"):
+        load_vocab(tmp_path, 500)
+
+
+def test_additional_chat_templates(tmp_path: Path) -> None:
+    """Files of their own, as transformers 5 saves them."""
+    import transformers
+
+    (tmp_path / "model").mkdir()
+    save_bpe(tmp_path / "model", "llama3")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "additional_chat_templates" / "tool_use.jinja").is_file()
+    template = load_vocab(tmp_path / "saved", 500).special.chat_template
+    assert template == [
+        {"name": "default", "template": "{{ messages }}"},
+        {"name": "tool_use", "template": "{{ tools }}"},
+    ]
+
+
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("keep_model", [True, False])
 def test_bos_of_a_saved_tokenizer(adds: bool, keep_model: bool, tmp_path: Path) -> None:
@@ -210,6 +249,63 @@ def test_cut_alike(regexes: tuple[str, ...], tmp_path: Path) -> None:
     texts = [text for text in TEXTS if "<|end|>" not in text] + ["camelCaseWORDS", "日本語テキスト123漢字 (x)"]
     got = llama_cpp_ids(folder, tmp_path / "out.gguf", texts, add_special=False)
     assert got == [encode(tokenizer, text, add_special_tokens=False) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "steps", "ignore_merges", "front", "name"),
+    [
+        ("glm4", {}, [split(LLAMA3_REGEX), BYTES], True, ["[gMASK]", "<sop>"], "glm4"),
+        ("glm4", {}, [split(LLAMA3_REGEX), BYTES], False, [], "chatglm-bpe"),
+        ("glm4_moe", {"head_dim": 16, **GLM_MOE}, [split(LLAMA3_REGEX), BYTES], True, [], "glm4"),
+        ("cohere2", {"num_hidden_layers": 4}, [DIGITS, GPT2], False, ["<|begin|>"], "command-r"),
+        ("llama4", {**LLAMA4, "num_local_experts": 4}, [split(GPT4O), BYTES], False, ["<|begin|>"], "llama4"),
+    ],
+)
+def test_names_of_a_family(
+    family: str,
+    config: dict[str, Any],
+    steps: list[dict[str, Any]],
+    ignore_merges: bool,
+    front: list[str],
+    name: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """llama.cpp knows some ways to cut under several names, which differ in what goes in front of a text."""
+    folder = tmp_path / "model"
+    tokenizer = bpe_tokenizer("qwen2")
+    size = tokenizer.get_vocab_size()
+    added = ["[gMASK]", "<sop>", "<|user|>", "<|endoftext|>", "<|observation|>"]
+    build(Case("m", family, config), folder, size + len(added))
+    save_bpe(folder, "qwen2")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    spec["added_tokens"] += [{"id": size + i, "content": text, **entry} for i, text in enumerate(added)]
+    ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    single = [*({"SpecialToken": {"id": text, "type_id": 0}} for text in front), sequence]
+    template = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {text: {"id": text, "ids": [ids[text]], "tokens": [text]} for text in front},
+    }
+    spec["model"]["ignore_merges"] = ignore_merges
+    spec |= {"post_processor": template, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    bos = {"bos_token": "<|begin|>"} if name in ("command-r", "llama4") else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", **bos}))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = [text for text in TEXTS if text and "<|end|>" not in text]
+    got = llama_cpp_ids(folder, tmp_path / "out.gguf", texts)
+    assert got == [encode(tokenizer, text, add_special_tokens=len(front) == 1) for text in texts]
+    assert ("leaves that to the chat template" in caplog.text) == (len(front) > 1)
+    keys = {key: field.value for key, field in open_model(tmp_path / "out.gguf").fields.items()}
+    assert keys["tokenizer.ggml.pre"] == name
+    if not bos:
+        assert keys["tokenizer.ggml.eot_token_id"] == ids["<|user|>"]
+        assert keys["tokenizer.ggml.unknown_token_id"] == ids["<|endoftext|>"]
+        assert keys["tokenizer.ggml.bos_token_id"] == ids["[gMASK]" if family == "glm4_moe" else "<|endoftext|>"]
 
 
 @pytest.mark.parametrize(

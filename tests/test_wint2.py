@@ -18,7 +18,7 @@ import ccq_backend
 from ccq_converters.cli import main
 from ccq_converters.dequantize import dequantize
 from ccq_converters.hf2gguf import convert
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_converters.sources import wint2
 from ccq_format import codec, layouts
 from ccq_format.errors import CcqError, PlanError

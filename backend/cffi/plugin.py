@@ -1,4 +1,4 @@
-"""Loads the llama.cpp plugin into the llama.cpp of ``llama_cpp`` (llama-cpp-python)."""
+"""Loads the llama.cpp plugin into the llama.cpp of a Python binding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ccq_format.errors import PluginError
 
 _LIBRARY = "libggml-ccq.so"
 _lock = threading.Lock()
-_active = False
+_active: set[int] = set()
+"""Handles of the libraries whose llama.cpp has the plugin."""
 
 
 def plugin_path() -> Path:
@@ -24,27 +25,34 @@ def plugin_path() -> Path:
     return path
 
 
-def load_plugin() -> None:
-    """Make llama-cpp-python run CCQ types; call it before the first model is loaded.  Later calls do nothing.
+def load_plugin(library: ctypes.CDLL | None = None) -> None:
+    """Make a llama.cpp in this process run CCQ types; call it before the first model is loaded.  Later calls do
+    nothing.
 
-    The plugin prints one line to standard error when it becomes active (``CCQ_QUIET=1`` silences it).  Raises
-    ``PluginError`` with the plugin's own reason if this llama.cpp cannot take it; nothing is changed then.
+    ``library`` is the binding's libllama or libggml, opened by the path that the binding itself uses; by default that
+    of llama-cpp-python.  The plugin prints one line to standard error when it becomes active (``CCQ_QUIET=1`` silences
+    it).  Raises ``PluginError`` with the plugin's own reason if this llama.cpp cannot take it; nothing is changed then.
     """
-    global _active
     with _lock:
-        if not _active:
-            _load(plugin_path())
-            _active = True
+        if library is None:
+            library = _llama_cpp_python()
+        if library._handle not in _active:
+            _load(library, plugin_path())
+            _active.add(library._handle)
 
 
-def _load(path: Path) -> None:
+def _llama_cpp_python() -> ctypes.CDLL:
     try:
         import llama_cpp.llama_cpp as llama
     except ImportError as error:
         raise PluginError(f"llama-cpp-python cannot be imported: {error}") from error
+    library: ctypes.CDLL = llama._lib
+    return library
+
+
+def _load(library: ctypes.CDLL, path: Path) -> None:
     # The handle of libllama resolves names in the libraries that libllama itself uses.  Opening libggml by a path
     # could map a second copy, and the plugin would then be loaded into one that no model ever sees.
-    library: ctypes.CDLL = llama._lib
     try:
         backend_load = library.ggml_backend_load
     except AttributeError:

@@ -94,6 +94,16 @@ static int has_neon_dotprod(void) { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP)
 static int has_neon_i8mm(void) { return has_neon_dotprod() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }
 #endif
 
+extern const ccq_kernels ccq_kernels_scalar;
+extern const ccq_kernels ccq_kernels_avx2;
+extern const ccq_kernels ccq_kernels_avx_vnni;
+extern const ccq_kernels ccq_kernels_avx512;
+extern const ccq_kernels ccq_kernels_avx512_vbmi;
+extern const ccq_kernels ccq_kernels_amx;
+extern const ccq_kernels ccq_kernels_neon;
+extern const ccq_kernels ccq_kernels_neon_dotprod;
+extern const ccq_kernels ccq_kernels_neon_i8mm;
+
 const ccq_isa_entry ccq_isa_table[] = {
 #ifdef CCQ_BUILD_X86
 #ifdef CCQ_BUILD_AMX

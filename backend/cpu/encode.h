@@ -5,24 +5,12 @@
 #ifndef CCQ_ENCODE_H
 #define CCQ_ENCODE_H
 
-#include "../core/decode.h"
+#include "../core/trellis.h"
 #include "../include/ccq.h"
 
 struct ccq_kernels;
 
 /* --- T types (encode_trellis.c) ----------------------------------------------------------------------------------- */
-
-enum {
-    CCQ_TRELLIS_LEVELS = 4096, /* windows of 12 bits */
-    CCQ_TRELLIS_STATES = 2048, /* the most states between two steps: 12 bits less a stride of 1 */
-    CCQ_TRELLIS_STEPS = 128    /* the longest block */
-};
-
-#define X(STEM, stem, id, weights, bytes)                                                                              \
-    CCQ_STATIC_ASSERT(CCQ_##STEM##_WINDOW_BITS == 12 && (weights) <= CCQ_TRELLIS_STEPS, "what the tables are made "    \
-                                                                                        "for");
-CCQ_TRELLIS_TYPES(X)
-#undef X
 
 /* Working memory of one encoder thread, and the tables of the T type it encodes.
  *
@@ -57,44 +45,6 @@ typedef struct ccq_coupled {
     uint32_t back[CCQ_TRELLIS_STEPS]
                  [CCQ_COUPLED_KEPT]; /* of each survivor after a step: its window, its parent << 16 */
 } ccq_coupled;
-
-/* The cost of a step, an integer: the squared error in units of eight squared levels, times the weight's factor (root
- * of the importance, CCQ_FACTOR_ONE for 1) squared; rounded to nearest.  Three ways to write it in 16-bit operations:
- *
- *   no factors                   x is CCQ_FACTOR_ONE times the weight in units of the scale
- *   factor <= CCQ_FACTOR_SCALED  x is `factor` times the weight
- *   larger factors               x is CCQ_FACTOR_ONE times the weight; errors are bounded, then multiplied
- *
- * Costs stay below 32768, and so do the metrics to which they are added: CCQ_METRIC_MAX stands for all above.  A weight
- * that is a level exactly costs nothing there. */
-enum {
-    CCQ_FACTOR_ONE = 64,
-    CCQ_FACTOR_SCALED = 128,
-    CCQ_FACTOR_MAX = 2040,
-    CCQ_METRIC_MAX = 32767,
-    CCQ_LEVEL_MAX = 127
-};
-
-/* The largest magnitude of x: so that no error leaves 16 bits, and so that weights far above the largest level, which
- * have large errors on all ways, do not lift all metrics to CCQ_METRIC_MAX. */
-static inline int32_t ccq_value_bound(int32_t factor) {
-    if (factor > CCQ_FACTOR_SCALED) { return CCQ_LEVEL_MAX * CCQ_FACTOR_ONE; }
-    const int32_t far = (CCQ_LEVEL_MAX + 64) * factor, room = 32767 - CCQ_LEVEL_MAX * factor;
-    return far < room ? far : room;
-}
-
-/* The bound on CCQ_FACTOR_ONE times the error above CCQ_FACTOR_SCALED. */
-static inline int32_t ccq_error_bound(int32_t factor) { return (32767 / (factor >> 3)) << 3; }
-
-static inline int32_t ccq_step_cost(int32_t x, int32_t factor, int32_t level) {
-    int32_t error = x - level * (factor <= CCQ_FACTOR_SCALED ? factor : CCQ_FACTOR_ONE);
-    if (factor > CCQ_FACTOR_SCALED) {
-        error = error < 0 ? -error : error;
-        error = error < ccq_error_bound(factor) ? error : ccq_error_bound(factor);
-        error = (error >> 3) * (factor >> 3);
-    }
-    return (error * error + (1 << 14)) >> 15;
-}
 
 /* Fill the tables for the type at `index` (a T type). */
 void ccq_trellis_init(ccq_trellis * trellis, int32_t index);

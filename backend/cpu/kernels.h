@@ -38,16 +38,6 @@ typedef struct ccq_kernels {
     double (*scan_p2_codes)(const ccq_p2_words * words, float ints[4][CCQ_P2_STATES], float g, uint8_t * code);
 } ccq_kernels;
 
-extern const ccq_kernels ccq_kernels_scalar;
-extern const ccq_kernels ccq_kernels_avx2;
-extern const ccq_kernels ccq_kernels_avx_vnni;
-extern const ccq_kernels ccq_kernels_avx512;
-extern const ccq_kernels ccq_kernels_avx512_vbmi;
-extern const ccq_kernels ccq_kernels_amx;
-extern const ccq_kernels ccq_kernels_neon;
-extern const ccq_kernels ccq_kernels_neon_dotprod;
-extern const ccq_kernels ccq_kernels_neon_i8mm;
-
 /* The set in use; CCQ_ERR_ISA_* if there is none. */
 ccq_status ccq_active_kernels(const ccq_kernels ** kernels);
 

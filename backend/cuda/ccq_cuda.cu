@@ -1,49 +1,12 @@
 /* What is behind ccq_cuda.h: arguments are checked, scratch memory comes from the stream's pool, kernels are chosen. */
-#include "ccq_cuda.h"
-
+#include "host.h"
 #include "kernels.h"
-
-#ifndef CCQ_CUDA_EMULATED
-#define CCQ_LAUNCH(kernel, grid, threads, stream, ...)                                                                 \
-    (kernel<<<grid, threads, 0, stream>>>(__VA_ARGS__), cudaGetLastError())
-#endif
-
-#define CCQ_API extern "C" __attribute__((visibility("default")))
 
 namespace {
 
 using namespace ccq;
 
 constexpr int64_t MAX_GRID_Y = 65535;
-
-thread_local cudaError_t last_error = cudaSuccess;
-
-ccq_cuda_status checked(cudaError_t error) {
-    if (error == cudaSuccess) { return CCQ_CUDA_OK; }
-    last_error = error;
-    return CCQ_CUDA_ERR_CUDA;
-}
-
-/* Device memory that is given back, in the stream's order, when the call returns. */
-class scratch {
-  public:
-    explicit scratch(cudaStream_t stream) : stream_(stream) {}
-    scratch(const scratch &) = delete;
-    scratch & operator=(const scratch &) = delete;
-    ~scratch() {
-        if (memory_ != nullptr) { (void)cudaFreeAsync(memory_, stream_); } /* an error here shows in the next call */
-    }
-    cudaError_t allocate(int64_t bytes) { return cudaMallocAsync(&memory_, (size_t)bytes, stream_); }
-    uint8_t * bytes() const { return static_cast<uint8_t *>(memory_); }
-
-  private:
-    cudaStream_t stream_;
-    void * memory_ = nullptr;
-};
-
-int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-dim3 grid_of(int64_t x, int64_t y) { return dim3((unsigned)x, (unsigned)y, 1); }
 
 struct type_row {
     int32_t id, weights, bytes;
@@ -233,6 +196,8 @@ CCQ_API const char * ccq_cuda_status_text(ccq_cuda_status status) {
     case CCQ_CUDA_ERR_ARGUMENT: return "an argument is missing or out of range";
     case CCQ_CUDA_ERR_ROW_LENGTH: return "the row length is no multiple of the type's block";
     case CCQ_CUDA_ERR_CUDA: return "CUDA refused";
+    case CCQ_CUDA_ERR_WEIGHTS: return "a weight is NaN or infinite";
+    case CCQ_CUDA_ERR_IMPORTANCE: return "an importance is negative, NaN or infinite";
     }
     return "unknown status";
 }

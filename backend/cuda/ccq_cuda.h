@@ -1,9 +1,9 @@
 /* C interface of libccq_cuda: the CCQ types on an NVIDIA GPU.
  *
- * All pointers are to memory of the current device, unless said otherwise, and all work is queued on `stream` (a
- * cudaStream_t; NULL is the default stream): nothing waits.  Types are named by their GGUF tensor type id (spec section
- * 3). Of a tensor's bytes the aligned 4-byte words with the first and the last one are read whole; device allocations
- * hold them.  All functions are thread safe. */
+ * All pointers are to memory of the current device and all work is queued on `stream` (a cudaStream_t; NULL is the
+ * default stream), where nothing waits, unless said otherwise.  Types are named by their GGUF tensor type id (spec
+ * section 3). Of a tensor's bytes the aligned 4-byte words with the first and the last one are read whole; device
+ * allocations hold them.  All functions are thread safe. */
 #ifndef CCQ_CUDA_H
 #define CCQ_CUDA_H
 
@@ -21,6 +21,8 @@ typedef enum ccq_cuda_status {
     CCQ_CUDA_ERR_ARGUMENT = 2,   /* a null pointer, a count or stride that is negative or does not fit */
     CCQ_CUDA_ERR_ROW_LENGTH = 3, /* the row length is no multiple of the type's block */
     CCQ_CUDA_ERR_CUDA = 4,       /* the CUDA runtime refused: ccq_cuda_error */
+    CCQ_CUDA_ERR_WEIGHTS = 5,    /* encode: a weight is NaN or infinite */
+    CCQ_CUDA_ERR_IMPORTANCE = 6, /* encode: an importance is negative, NaN or infinite */
 } ccq_cuda_status;
 
 typedef enum ccq_cuda_float { CCQ_CUDA_F32 = 0, CCQ_CUDA_F16 = 1, CCQ_CUDA_BF16 = 2 } ccq_cuda_float;
@@ -71,6 +73,24 @@ ccq_cuda_status ccq_cuda_mat_vec(const ccq_cuda_product * product, void * stream
 
 /* Any number of columns up to 4 million: tiles of weights are decoded to int8, for tensor cores. */
 ccq_cuda_status ccq_cuda_mat_mul(const ccq_cuda_product * product, void * stream);
+
+/* The encoder of the T types.  The bytes are those of ccq_encode in backend/include/ccq.h, which has more to say about
+ * the arguments; scales are always searched. */
+typedef struct ccq_cuda_encoding {
+    int32_t type;
+    const float * weights; /* n_rows rows of n_cols, all arrays contiguous and in the host's memory */
+    int64_t n_rows;
+    int64_t n_cols;
+    const float * importance; /* NULL: all ones */
+    int64_t
+        importance_stride;  /* floats from one row's importance to the next: n_cols; 0: all rows share n_cols values */
+    int32_t effort;         /* a ccq_effort */
+    const float * coupling; /* NULL: errors are independent; else n_cols / block matrices of block x block */
+    void * blocks;
+} ccq_cuda_encoding;
+
+/* Unlike all others this copies to and from the device, and waits. */
+ccq_cuda_status ccq_cuda_encode(const ccq_cuda_encoding * encoding, void * stream);
 
 #ifdef __cplusplus
 }

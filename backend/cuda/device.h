@@ -7,9 +7,11 @@
 #ifdef CCQ_CUDA_EMULATED
 #include "emulator.h"
 #define CCQ_UNROLL
+#define CCQ_NOINLINE __attribute__((noinline))
 #else
 #include <cuda_runtime.h>
 #define CCQ_UNROLL _Pragma("unroll")
+#define CCQ_NOINLINE __noinline__
 #endif
 
 #define CCQ_CORE static __device__ __forceinline__
@@ -28,6 +30,20 @@ __device__ __forceinline__ uint16_t float_to_half(float f) {
     uint16_t h;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
     return h;
+}
+
+/* The least of a warp's values, to all of its lanes. */
+__device__ __forceinline__ uint32_t warp_min(uint32_t value) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_min_sync(0xffffffffu, value);
+#else
+    CCQ_UNROLL
+    for (int i = 16; i > 0; i /= 2) {
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, value, i);
+        value = other < value ? other : value;
+    }
+    return value;
+#endif
 }
 
 /* c += A B with A 16 x 32 int8, B 32 x 8 int8, c 16 x 8 int32, spread over a warp as the PTX ISA says under "Matrix

@@ -9,43 +9,11 @@ namespace ccq {
 
 namespace {
 
-struct Object {
-    size_t load_address = 0;
-    std::string path;
-    bool program = false;
-};
-
-bool holds(const dl_phdr_info & info, const void * address) {
-    const auto at = reinterpret_cast<ElfW(Addr)>(address);
-    for (int i = 0; i < info.dlpi_phnum; i++) {
-        const auto & segment = info.dlpi_phdr[i];
-        const ElfW(Addr) begin = info.dlpi_addr + segment.p_vaddr;
-        if (segment.p_type == PT_LOAD && at >= begin && at < begin + segment.p_memsz) {
-            return true;
-        }
-    }
-    return false;
-}
-
-// All mapped objects, or only the one that holds `address`.  dlopen must not be called from inside dl_iterate_phdr,
-// which holds the loader's lock, so the objects are listed first.
-std::vector<Object> list_objects(const void * address) {
-    struct State {
-        const void * address;
-        bool first;
-        std::vector<Object> found;
-    } state{address, true, {}};
-    dl_iterate_phdr(
-        [](dl_phdr_info * info, size_t, void * user) -> int {
-            auto & s = *static_cast<State *>(user);
-            const bool program = std::exchange(s.first, false); // the program is always the first
-            if (s.address == nullptr || holds(*info, s.address)) {
-                s.found.push_back({info->dlpi_addr, info->dlpi_name ? info->dlpi_name : "", program});
-            }
-            return 0;
-        },
-        &state);
-    return std::move(state.found);
+// What the loader knows of the object that holds `address`; nullptr if none does.
+const link_map * map_of(const void * address) {
+    Dl_info info;
+    void * map = nullptr;
+    return address && dladdr1(address, &info, &map, RTLD_DL_LINKMAP) ? static_cast<link_map *>(map) : nullptr;
 }
 
 } // namespace
@@ -77,19 +45,14 @@ void Library::open() {
     }
 }
 
+Library::Library(size_t load_address, const char * path)
+    : load_address_(load_address), path_(path ? path : ""), program_(path_.empty()) {
+    open();
+}
+
 Library Library::of(const void * address) {
-    Library library;
-    if (!address) {
-        return library;
-    }
-    for (const Object & object : list_objects(address)) {
-        library.load_address_ = object.load_address;
-        library.path_ = object.path;
-        library.program_ = object.program;
-        library.open();
-        break;
-    }
-    return library;
+    const link_map * map = map_of(address);
+    return map ? Library(map->l_addr, map->l_name) : Library();
 }
 
 void * Library::symbol(const char * name) const {
@@ -97,20 +60,22 @@ void * Library::symbol(const char * name) const {
 }
 
 bool Library::contains(const void * address) const {
-    for (const Object & object : list_objects(address)) {
-        return object.load_address == load_address_ && object.path == path_;
-    }
-    return false;
+    const link_map * map = map_of(address);
+    return map && map->l_addr == load_address_ && map->l_name == path_;
 }
 
 void for_each_library(const std::function<void(const Library &)> & visit) {
-    for (const Object & object : list_objects(nullptr)) {
-        Library library;
-        library.load_address_ = object.load_address;
-        library.path_ = object.path;
-        library.program_ = object.program;
-        library.open();
-        if (library) {
+    // dlopen must not be called from inside dl_iterate_phdr, which holds the loader's lock.
+    std::vector<std::pair<size_t, std::string>> objects;
+    dl_iterate_phdr(
+        [](dl_phdr_info * info, size_t, void * user) -> int {
+            auto & found = *static_cast<decltype(objects) *>(user);
+            found.emplace_back(info->dlpi_addr, info->dlpi_name ? info->dlpi_name : "");
+            return 0;
+        },
+        &objects);
+    for (const auto & [load_address, path] : objects) {
+        if (const Library library(load_address, path.c_str()); library) {
             visit(library);
         }
     }

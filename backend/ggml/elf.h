@@ -29,6 +29,7 @@ class Library {
 
   private:
     friend void for_each_library(const std::function<void(const Library &)> & visit);
+    Library(size_t load_address, const char * path); // as the loader has them: the program has no path
     void open();
 
     void * handle_ = nullptr;

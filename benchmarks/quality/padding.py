@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccq_converters import imatrix
-from ccq_converters.quantize import decode_rows
+from ccq_converters.gguf_sources import decode_rows
 from ccq_format.errors import ModelError
 from ccq_format.gguf_io import Model, ModelWriter, TensorInfo, open_model
 

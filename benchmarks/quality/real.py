@@ -42,11 +42,11 @@ from run import matrices_of
 import ccq_backend
 from ccq_converters import evaluate, imatrix, llama
 from ccq_converters.base_record import BaseLogits
-from ccq_converters.calibrate import BUNDLED_TEXT, CalibrationOptions
+from ccq_converters.calibration import BUNDLED_TEXT, CalibrationOptions
 from ccq_converters.collect import calibrate_file
 from ccq_converters.dequantize import dequantize
 from ccq_converters.hessian import Hessians
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 from ccq_converters.quantize import quantize
 from ccq_format.errors import CcqError, EvalError, PlanError
 from ccq_format.gguf_io import open_model
@@ -95,11 +95,12 @@ def recipes() -> Iterator[Recipe]:
         yield Recipe(f"ccq_{share:g}x_{of}", TARGETS, HESSIAN, of=of, share=share)
     for setting, names in (
         (IMATRIX, ("t2", "t3", "t2_5", "t1_5")),
-        (HESSIAN, ("t2", "t3", "t2_5", "t1_5")),
+        (HESSIAN, ("t2", "t3", "t2_5", "t1_5", "t1")),
         (NONE, ("t2", "t3")),
     ):
-        yield from (Recipe(f"ccq_{name}", T_TYPES, setting, {"type": f"ccq_{name}"}) for name in names)
-    for name in ("q2_k", "iq2_s", "iq3_s", "iq2_xxs", "iq3_xxs", "q3_k"):
+        for name in names:  # no fallback: SmolLM2's rows of 576 are no whole blocks of CCQ_T1
+            yield Recipe(f"ccq_{name}", T_TYPES, setting, {"type": f"ccq_{name}", "fallback": False})
+    for name in ("q2_k", "iq2_s", "iq3_s", "iq2_xxs", "iq3_xxs", "q3_k", "iq1_s", "iq1_m"):
         yield Recipe(f"{name}_padded", STOCK_PADDED, IMATRIX)
     for name in ("iq2_kt", "iq3_kt", "iq2_k", "iq2_kl"):
         yield Recipe(f"{name}_padded", IK_PADDED, IMATRIX)
@@ -351,7 +352,8 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=Path.home() / ".cache" / "ccq", help="for all files  [~/.cache/ccq]"
     )
-    parser.add_argument("--readme", type=Path, help="Markdown file to put the tables in, between their marks")
+    parser.add_argument("--sizes", type=Path, help="Markdown file to put the table by size in, between its marks")
+    parser.add_argument("--widths", type=Path, help="Markdown file to put the table by width in, between its marks")
     parser.add_argument("--only", default="", metavar="REGEX", help="only these of SETTING/TYPE, as imatrix/ccq_t2")
     parser.add_argument("--again", action="store_true", help="also files whose row is there")
     parser.add_argument("--effort", default="default", choices=ccq_backend.EFFORTS, help="of the encoder")
@@ -383,9 +385,9 @@ def main() -> None:
     except CcqError as error:
         raise SystemExit(f"Error: {error}") from None
     sizes, widths = by_size(table.rows), by_width(table.rows)
-    if args.readme is not None:
-        embed(args.readme, f"size-{args.model}", sizes)
-        embed(args.readme, f"width-{args.model}", widths)
+    for path, name, content in ((args.sizes, "size", sizes), (args.widths, "width", widths)):
+        if path is not None:
+            embed(path, f"{name}-{args.model}", content)
     click.echo(f"\n{sizes}\n\n{widths}")
 
 

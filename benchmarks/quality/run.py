@@ -43,11 +43,15 @@ from measurements import (
 )
 
 import ccq_backend
-from ccq_converters import calibrate, evaluate, hf2gguf, imatrix, llama
+from ccq_converters import evaluate, hf2gguf, imatrix, llama
 from ccq_converters.base_record import BaseLogits
+from ccq_converters.calibrate import calibrate
+from ccq_converters.calibration import CalibrationOptions
+from ccq_converters.console import format_bytes
+from ccq_converters.gguf_sources import sources_of
 from ccq_converters.hessian import Hessians
-from ccq_converters.plan import QuantOptions, format_bytes, free_matrices
-from ccq_converters.quantize import sources_of
+from ccq_converters.options import QuantOptions
+from ccq_converters.plan import free_matrices
 from ccq_format.errors import CcqError, EvalError, PlanError
 from ccq_format.gguf_io import open_model
 
@@ -130,10 +134,10 @@ class Bench:
             fresh = fresh and all(entry.gradients is not None for entry in known.entries.values())
         if not fresh:
             click.echo(f"Calibrating: up to {s.calibration_windows} windows of {s.ctx} tokens of {s.calibration.name}")
-            options = calibrate.CalibrationOptions(
+            options = CalibrationOptions(
                 s.ctx, s.calibration_windows, threads=s.threads, overwrite=True, gradients=True
             )
-            calibrate.calibrate(s.model, s.calibration, importance, options, hessian=products)
+            calibrate(s.model, s.calibration, importance, options, hessian=products)
         return imatrix.load(importance), Hessians(products)
 
     def make(self, recipe: Recipe, path: Path) -> None:

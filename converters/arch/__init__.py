@@ -18,9 +18,12 @@ from .gemma import GEMMA3
 from .glm import GLM4, GLM4_MOE
 from .gpt_oss import GPT_OSS
 from .llama import GRANITE, LLAMA, MISTRAL, MIXTRAL, SMOLLM3
+from .llama4 import LLAMA4
+from .multimodal import WRAPPERS
 from .olmo import OLMO2, OLMOE
 from .phi import PHI3
 from .qwen import QWEN2, QWEN3, QWEN3_MOE
+from .qwen_next import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
 FAMILIES: dict[str, Spec] = {
     spec.architecture: spec
@@ -28,11 +31,15 @@ FAMILIES: dict[str, Spec] = {
         LLAMA,
         MISTRAL,
         MIXTRAL,
+        LLAMA4,
         SMOLLM3,
         GRANITE,
         QWEN2,
         QWEN3,
         QWEN3_MOE,
+        QWEN3_NEXT,
+        QWEN3_5,
+        QWEN3_5_MOE,
         GEMMA3,
         PHI3,
         OLMO2,
@@ -61,10 +68,13 @@ def family_of(model_dir: Path) -> Family:
     names = config.raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise ModelError(f"'architectures' must name one architecture, it is {names!r}", file=config.file)
+    if names[0] in WRAPPERS:
+        spec, text = WRAPPERS[names[0]].unwrap(config)
+        return Family(spec, text, wrapper=names[0])
     try:
         spec = _SPECS[names[0]]
     except KeyError:
-        known = ", ".join(sorted(FAMILIES))
+        known = ", ".join(sorted((*FAMILIES, *WRAPPERS)))
         raise ModelError(
             f"the architecture {names[0]} is not supported (supported: {known}); llama.cpp's convert_hf_to_gguf.py "
             "makes a GGUF file that 'ccq-convert quantize' takes",

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol
 
 import gguf
+import numpy as np
+from numpy.typing import NDArray
 
 from ccq_format.errors import ModelError
 
@@ -31,7 +33,8 @@ Flag = bool | str | tuple[str, bool]
 class Part:
     """Rows of the checkpoint tensor ``name``, which must have the shape ``shape``, seen as ``[prod(shape[:-1]),
     shape[-1]]``: of ``first .. first + rows`` (``rows`` = 0: all) every ``step``-th from ``offset`` on.
-    ``transposed``: of the columns of these rows, which become rows.  ``of_columns``: of the columns, which stay so."""
+    ``transposed``: of the columns (before ``stop``; 0: all) of these rows, which become rows.  ``of_columns``: of the
+    columns, which stay so."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,6 +44,7 @@ class Part:
     transposed: bool = False
     of_columns: bool = False
     offset: int = 0
+    stop: int = 0
 
     @property
     def count(self) -> int:
@@ -48,7 +52,7 @@ class Part:
         taken = self.rows or prod(self.shape[:-1])
         if self.of_columns:
             return taken
-        return len(range(self.offset, self.shape[-1] if self.transposed else taken, self.step))
+        return len(range(self.offset, (self.stop or self.shape[-1]) if self.transposed else taken, self.step))
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ class Wanted:
     """One tensor of the GGUF file: ``parts`` one below the other, in ``shape``.
 
     ``hf_name`` is looked up in gguf's tensor name map.  ``heads`` > 0 means that the rows of each of ``heads`` heads
-    are reordered from transformers' rotary layout (first half, second half) to llama.cpp's (interleaved).  ``shift`` is
-    added to all values.
+    are reordered from transformers' rotary layout (first half, second half) to llama.cpp's (interleaved).  ``columns``
+    ``(a, b)`` means that columns are seen as ``[a, b, ..]`` and stored as ``[b, a, ..]``.  ``shift`` is added to all
+    values; ``apply`` computes them of those in the checkpoint.
     """
 
     hf_name: str
@@ -65,6 +70,8 @@ class Wanted:
     parts: tuple[Part, ...]
     heads: int = 0
     shift: float = 0.0
+    columns: tuple[int, int] | None = None
+    apply: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
 
 
 def whole(name: str, *shape: int, heads: int = 0, shift: float = 0.0, stored: str | None = None) -> Wanted:
@@ -142,6 +149,9 @@ class Spec:
     """If the config has none; ``None`` = ``hidden / heads``."""
     head_dim_always: bool = False
     """Whether the config class fills in the size of heads: the file names it even if it is ``hidden / heads``."""
+    width: str | None = "intermediate_size"
+    """The config's key for the width of dense feed-forward networks; ``None``: no layer has one, and the config may
+    leave ``intermediate_size`` out."""
     tied: bool = False
     """Whether the output matrix is the embedding if the config does not say."""
     norm_shift: float = 0.0
@@ -155,6 +165,11 @@ class Spec:
     """Adds further metadata keys."""
     token_ids: Callable[[Family], dict[str, int]] | None = None
     """Special tokens (kind: id) that no file of the model names."""
+    pretokenizers: Mapping[str, str] = field(default_factory=dict)
+    """Other names for ways of cutting text into words, where llama.cpp has several for one and means the family by
+    this: what the name says beyond that, such as whether there is a BOS."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens (kind: text) that no file names as such, for vocabularies that have them."""
     ignored: str | None = None
     """Names (a regular expression) of tensors that llama.cpp has no use for."""
     calibrates: bool = False
@@ -169,17 +184,17 @@ class Spec:
 
 
 class Family:
-    """A family for one model's configuration.
+    """A family for one model's configuration; ``wrapper`` is the architecture that the text model is a part of.
 
     Raises ``ModelError`` on construction for anything in the configuration that llama.cpp would silently ignore.
     """
 
-    def __init__(self, spec: Spec, config: Config) -> None:
-        self.spec, self.config = spec, config
+    def __init__(self, spec: Spec, config: Config, *, wrapper: str | None = None) -> None:
+        self.spec, self.config, self.wrapper = spec, config, wrapper
         self.layers = config.integer("num_hidden_layers")
         self.context = config.integer("max_position_embeddings")
         self.hidden = config.integer("hidden_size")
-        self.intermediate = config.integer("intermediate_size")
+        self.intermediate = config.integer(spec.width) if spec.width is not None else config.count("intermediate_size")
         self.vocab_size = config.integer("vocab_size")
         self.heads = config.integer("num_attention_heads")
         self.kv_heads = config.integer("num_key_value_heads", default=self._default_kv_heads())
@@ -292,7 +307,8 @@ class Family:
         writer.add_block_count(self.layers)
         writer.add_context_length(self.context)
         writer.add_embedding_length(self.hidden)
-        writer.add_feed_forward_length(self.intermediate)
+        if self.intermediate:
+            writer.add_feed_forward_length(self.intermediate)
         writer.add_head_count(self.heads)
         writer.add_head_count_kv(self.kv_heads)
         self.rope.write(writer)

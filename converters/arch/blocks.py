@@ -32,7 +32,8 @@ class Attention:
     """Query, key, value and output projections, ``fused``: the first three in one tensor.
 
     ``norms`` of query and key are ``"head"`` (the same weights for each head) or ``"all"`` (a weight for each row), if
-    ``normed`` says so.  ``sinks``: a learned logit per head that takes attention away.
+    ``normed`` says so.  ``sinks``: a learned logit per head that takes attention away.  ``gated``: behind the rows of
+    each head's query are as many of a gate for what it attends to.
     """
 
     bias: Flag = False
@@ -41,6 +42,7 @@ class Attention:
     normed: Flag = True
     sinks: bool = False
     fused: bool = False
+    gated: bool = False
 
     def check(self, family: Family) -> None:
         """See ``Block``."""
@@ -52,7 +54,8 @@ class Attention:
         if self.fused:
             yield whole(f"{prefix}.qkv_proj.weight", query + 2 * kv, family.hidden)
         else:
-            for name, rows, heads in (("q", query, family.heads), ("k", kv, family.kv_heads), ("v", kv, 0)):
+            projected = 2 * query if self.gated else query
+            for name, rows, heads in (("q", projected, family.heads), ("k", kv, family.kv_heads), ("v", kv, 0)):
                 heads = heads if family.spec.rotary_interleaved else 0
                 yield whole(f"{prefix}.{name}_proj.weight", rows, family.hidden, heads=heads)
                 if family.flag(self.bias):
@@ -69,6 +72,12 @@ class Attention:
 
     def write(self, family: Family, writer: gguf.GGUFWriter) -> None:
         """See ``Block``."""
+
+
+def gated_network(prefix: str, inner: int, hidden: int) -> Iterator[Wanted]:
+    """The matrices of a gated feed-forward network of the width ``inner``."""
+    for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+        yield whole(f"{prefix}.{name}_proj.weight", rows, columns)
 
 
 @dataclass(frozen=True)
@@ -100,8 +109,8 @@ class Experts:
 
     ``count``, ``used`` and ``width`` are the config's keys for the number of experts, of those that each token takes,
     and for their width; ``shared`` that for the number of experts that every token takes, one tensor of that width in
-    all.  ``selection_bias`` is added to the router's scores for the choice only; the checkpoint has it under one of
-    these names.
+    all; ``shared_width`` that for the width of one such expert with a gate of its own.  ``selection_bias`` is added to
+    the router's scores for the choice only; the checkpoint has it under one of these names.
 
     Experts are stacked to ``[count, rows, columns]``.  ``separate`` is the name of one expert's matrix in the style
     with one tensor per expert, with ``{expert}`` and ``{name}`` (from ``names``: gate, up, down).  Transformers 5 can
@@ -112,6 +121,7 @@ class Experts:
     used: tuple[str, ...] = ("num_experts_per_tok",)
     width: str = "moe_intermediate_size"
     shared: str | None = None
+    shared_width: str | None = None
     lead: str | None = None
     router: str = "mlp.gate"
     selection_bias: tuple[str, ...] = ()
@@ -154,9 +164,10 @@ class Experts:
         yield from self._stacks(family, prefix, fused, count, width)
         shared = family.config.count(self.shared) if self.shared is not None else 0
         if shared:
-            inner = shared * width
-            for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
-                yield whole(f"{prefix}.mlp.shared_experts.{name}_proj.weight", rows, columns)
+            yield from gated_network(f"{prefix}.mlp.shared_experts", shared * width, hidden)
+        if self.shared_width is not None:
+            yield from gated_network(f"{prefix}.mlp.shared_expert", family.config.integer(self.shared_width), hidden)
+            yield whole(f"{prefix}.mlp.shared_expert_gate.weight", 1, hidden)
 
     def _stacks(self, family: Family, prefix: str, fused: bool, count: int, width: int) -> Iterator[Wanted]:
         shapes = ((width, family.hidden), (width, family.hidden), (family.hidden, width))
@@ -182,6 +193,8 @@ class Experts:
             writer.add_expert_feed_forward_length(config.integer(self.width))
         if self.shared is not None:
             writer.add_expert_shared_count(config.count(self.shared))
+        if self.shared_width is not None:
+            writer.add_expert_shared_feed_forward_length(config.integer(self.shared_width))
         if self.lead is not None:
             writer.add_leading_dense_block_count(self.lead_layers(family))
 

@@ -37,4 +37,5 @@ COHERE2 = Spec(
     ),
     check=_plain_heads,
     keys=_keys,
+    pretokenizers={"smollm": "command-r"},
 )

@@ -7,6 +7,10 @@ import gguf
 from .base import Family, Spec
 from .blocks import Attention, Dense, Experts, Norm, decoder, write_routing
 
+_NAMES = {"llama-bpe": "glm4", "smaug-bpe": "chatglm-bpe"}
+_END = "<|endoftext|>"
+_TURN = {"eot": "<|user|>", "unk": _END}
+
 GLM4 = Spec(
     "Glm4ForCausalLM",
     gguf.MODEL_ARCH.GLM4,
@@ -23,6 +27,8 @@ GLM4 = Spec(
     rms_eps=1.5625e-7,
     kv_heads=2,
     head_dim=128,
+    pretokenizers=_NAMES,
+    special_tokens={**_TURN, "bos": _END, "eos": _END},
 )
 
 
@@ -48,4 +54,6 @@ GLM4_MOE = Spec(
     kv_heads=8,
     skips_mtp=True,
     keys=_routing,
+    pretokenizers=_NAMES,
+    special_tokens={**_TURN, "bos": "[gMASK]", "eom": "<|observation|>"},
 )

@@ -11,7 +11,8 @@ from .blocks import Attention, Dense, Experts, decoder
 ROPE_TYPES = frozenset({"default", "linear", "yarn", "dynamic", "llama3"})
 
 
-def _keys(family: Family, writer: gguf.GGUFWriter) -> None:
+def write_llama_keys(family: Family, writer: gguf.GGUFWriter) -> None:
+    """Add the keys that llama.cpp's converter writes for llama and its relatives."""
     writer.add_vocab_size(family.vocab_size)
     writer.add_rope_dimension_count(family.head_dim)
 
@@ -28,7 +29,7 @@ LLAMA = Spec(
     rotary_interleaved=True,
     rope_types=ROPE_TYPES,
     head_dim_always=True,
-    keys=_keys,
+    keys=write_llama_keys,
     token_ids=_code_llama,
     calibrates=True,
 )
@@ -42,7 +43,7 @@ MISTRAL = Spec(
     kv_heads=8,
     head_dim_always=True,
     sliding=Sliding(default=4096),
-    keys=_keys,
+    keys=write_llama_keys,
     token_ids=_code_llama,
     calibrates=True,
 )
@@ -66,14 +67,14 @@ MIXTRAL = Spec(
     theta=1e6,
     rms_eps=1e-5,
     kv_heads=8,
-    keys=_keys,
+    keys=write_llama_keys,
     token_ids=_code_llama,
     calibrates=True,
 )
 
 
-def _check_no_rope(family: Family) -> None:
-    """llama.cpp leaves out the rotation in each fourth layer."""
+def check_no_rope(family: Family) -> None:
+    """llama.cpp leaves out the rotation in each fourth layer.  Raises ``ModelError`` if the config does not."""
     interval = family.config.integer("no_rope_layer_interval", default=4)
     default = [int((i + 1) % interval != 0) for i in range(family.layers)]
     stated = family.config.raw.get("no_rope_layers")
@@ -94,13 +95,13 @@ SMOLLM3 = Spec(
         Require("attention_bias", (False,), "llama.cpp has no bias in smollm3 models", False),
         Require("mlp_bias", (False,), "llama.cpp has no bias in smollm3 models", False),
     ),
-    check=_check_no_rope,
-    keys=_keys,
+    check=check_no_rope,
+    keys=write_llama_keys,
 )
 
 
 def _multipliers(family: Family, writer: gguf.GGUFWriter) -> None:
-    _keys(family, writer)
+    write_llama_keys(family, writer)
     writer.add_attention_scale(family.config.number("attention_multiplier", 1.0))
     writer.add_embedding_scale(family.config.number("embedding_multiplier", 1.0))
     writer.add_residual_scale(family.config.number("residual_multiplier", 1.0))

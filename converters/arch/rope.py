@@ -68,7 +68,8 @@ class Rope:
         if any(isinstance(value, dict) for value in params.values()):
             raise config.error("RoPE parameters per layer type are not supported")
         kind = params.get("rope_type") or params.get("type") or "default"
-        kind = "longrope" if kind == "su" else kind  # its first name
+        # The first name of longrope; and text has one position for all sections.
+        kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)
         if kind not in ("default", "linear", "yarn", "llama3", "dynamic", "longrope"):
             raise config.error(f"the RoPE type {kind!r} is not supported")
         theta = params.get("rope_theta")
@@ -116,6 +117,18 @@ class Rope:
         if not 1 <= positive(value, "original_max_position_embeddings", None, self.config) < 2**31:
             raise self.config.error(f"'original_max_position_embeddings' must be a token count, it is {value!r}")
         return int(value)
+
+    def sections(self, pairs: int, default: list[int] | None = None) -> list[int]:
+        """How many of ``pairs`` rotated pairs are for time, height and width (M-RoPE), and llama.cpp's fourth number.
+
+        Raises ``ModelError`` unless these are three numbers that amount to ``pairs``: llama.cpp rotates no others.
+        """
+        sizes = self.params.get("mrope_section", default)
+        if not isinstance(sizes, list) or len(sizes) != 3 or not all(type(size) is int and size >= 0 for size in sizes):
+            raise self.config.error(f"'mrope_section' must be three numbers, it is {sizes!r}")
+        if sum(sizes) != pairs:
+            raise self.config.error(f"'mrope_section' {sizes!r} must amount to {pairs}, the pairs that are rotated")
+        return [*sizes, 0]
 
     def write(self, writer: gguf.GGUFWriter) -> None:
         """Add the ``{arch}.rope.*`` keys."""

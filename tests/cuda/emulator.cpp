@@ -1,6 +1,6 @@
 #include "emulator.h"
 
-dim3 threadIdx(0, 0, 0), blockIdx(0, 0, 0);
+dim3 threadIdx(0, 0, 0), blockIdx(0, 0, 0), gridDim(0, 0, 0);
 
 namespace emulator {
 namespace {
@@ -131,6 +131,15 @@ void wait_for_warp(int place) { wait(&warps[current / WARP].meeting, place); }
 
 void wait_for_block() { wait(&block, 0); }
 
+int count_in_block(bool predicate) {
+    static int counts[2]; /* used in turn, as the words of a warp's exchange */
+    int & count = counts[block.generation % 2];
+    if (block.arrived == 0) { count = 0; }
+    count += predicate;
+    wait(&block, 1);
+    return count;
+}
+
 const uint32_t (*exchange(const uint32_t * mine, int words, int place))[EXCHANGE_WORDS] {
     warp_state & w = warps[current / WARP];
     auto & slot = w.words[w.meeting.generation % 2];
@@ -144,6 +153,7 @@ void launch(dim3 grid, unsigned threads, const std::function<void()> & kernel) {
         fail("launch configuration");
     }
     running = &kernel;
+    gridDim = grid;
     for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++) {
         for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) { run_block(threads); }
     }
@@ -190,6 +200,23 @@ cudaError_t cudaMallocAsync(void ** memory, size_t bytes, cudaStream_t) {
 
 cudaError_t cudaFreeAsync(void * memory, cudaStream_t) {
     free(memory);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void * memory, int value, size_t bytes, cudaStream_t) {
+    memset(memory, value, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+
+cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr, int) {
+    *value = 1;
     return cudaSuccess;
 }
 

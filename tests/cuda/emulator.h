@@ -41,13 +41,14 @@ struct alignas(16) uint4 {
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return uint4{x, y, z, w}; }
 
-extern dim3 threadIdx, blockIdx;
+extern dim3 threadIdx, blockIdx, gridDim;
 
 namespace emulator {
 
 /* Waits until all threads of this warp, or block, are here too.  `place` tells kinds of waiting apart. */
 void wait_for_warp(int place);
 void wait_for_block();
+int count_in_block(bool predicate); /* waits too */
 
 /* A warp's exchange: every lane's words, valid until the next exchange but one. */
 enum { EXCHANGE_WORDS = 6, WARP = 32 };
@@ -72,12 +73,43 @@ template <class T> inline T __ldg(const T * p) {
 
 inline void __syncthreads() { emulator::wait_for_block(); }
 
+inline int __syncthreads_count(int predicate) { return emulator::count_in_block(predicate != 0); }
+
 template <class T> inline T __shfl_xor_sync(unsigned, T value, int mask) {
     uint32_t word;
     memcpy(&word, &value, 4);
     const auto all = emulator::exchange(&word, 1, 1);
     T out;
     memcpy(&out, &all[emulator::lane() ^ mask][0], 4);
+    return out;
+}
+
+inline uint32_t __ballot_sync(unsigned, bool predicate) {
+    const uint32_t word = predicate;
+    const auto all = emulator::exchange(&word, 1, 3);
+    uint32_t lanes = 0;
+    for (int i = 0; i < emulator::WARP; i++) { lanes |= all[i][0] << i; }
+    return lanes;
+}
+
+/* Fibres change only where they wait: any operation is atomic. */
+inline uint32_t atomicMin(uint32_t * at, uint32_t value) {
+    const uint32_t before = *at;
+    *at = value < before ? value : before;
+    return before;
+}
+
+inline uint32_t atomicOr(uint32_t * at, uint32_t value) {
+    const uint32_t before = *at;
+    *at |= value;
+    return before;
+}
+
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+
+inline uint32_t __brev(uint32_t bits) {
+    uint32_t out = 0;
+    for (int i = 0; i < 32; i++) { out |= (bits >> i & 1) << (31 - i); }
     return out;
 }
 
@@ -102,6 +134,12 @@ inline int32_t __dp4a(int32_t a, int32_t b, int32_t c) {
 }
 
 namespace ccq {
+
+inline uint32_t warp_min(uint32_t value) {
+    const auto all = emulator::exchange(&value, 1, 4);
+    for (int i = 0; i < emulator::WARP; i++) { value = all[i][0] < value ? all[i][0] : value; }
+    return value;
+}
 
 /* mma.m16n8k32 by the fragment tables of the PTX ISA: element i of a lane's fragment, as (row, column).
  *   A (16 x 32), i = 0..15: row = lane / 4 + (i in 4..7 or 12..15 ? 8 : 0), column = lane % 4 * 4 + i % 4 + (i >= 8 ?
@@ -143,6 +181,13 @@ cudaError_t cudaFreeAsync(void * memory, cudaStream_t stream);
 cudaError_t cudaGetDeviceCount(int * count);
 cudaError_t cudaGetDevice(int * device);
 cudaError_t cudaSetDevice(int device);
+
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void * memory, int value, size_t bytes, cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute, int device);
 
 #define CCQ_LAUNCH(kernel, grid, threads, stream, ...)                                                                 \
     ((void)(stream), emulator::launch(grid, threads, [&] { EMULATOR_CALL kernel(__VA_ARGS__); }), cudaSuccess)

@@ -72,6 +72,7 @@ KINDS = {
         (
             "-DBUILD_SHARED_LIBS=OFF",
             "-DGGML_NATIVE=OFF",
+            "-DGGML_OPENMP=OFF",  # whose library CMake finds as a shared one
             "-DCMAKE_SYSTEM_NAME=Linux",
             "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
             "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc",

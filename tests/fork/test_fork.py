@@ -24,12 +24,14 @@ import numpy as np
 import pytest
 
 from ccq_converters import hf2gguf, imatrix
+from ccq_converters.conversion import Conversion
+from ccq_converters.convert import write_model as write_file
 from ccq_converters.dequantize import dequantize
+from ccq_converters.gguf_sources import sources_of
 from ccq_converters.inspect import inspect
 from ccq_converters.integrate import FAMILIES
-from ccq_converters.plan import QuantOptions
-from ccq_converters.quantize import quantize, sources_of
-from ccq_converters.stream import write_model as write_file
+from ccq_converters.options import QuantOptions
+from ccq_converters.quantize import quantize
 from ccq_format.errors import TensorTypeError
 from ccq_format.gguf_io import ModelWriter, open_model
 from ccq_format.layouts import LAYOUTS
@@ -71,11 +73,13 @@ class Tree:
         self.ik = (self.folder / FAMILIES["ik_llama.cpp"]).is_file()
         self.cli = "llama-cli" if self.ik else "llama-completion"
         self.emulator: list[str] = []
+        self.cwd: Path | None = None
+        """Where programs run: some write a log there."""
 
     def run(self, program: str, *args: object, code: int | None = 0) -> str:
         """Output of one of the tree's programs, both streams."""
         command = [*self.emulator, self.build / "bin" / program, *map(str, args)]
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600, cwd=self.cwd)
         said = result.stdout.decode(errors="replace")
         assert code is None or result.returncode == code, said[-4000:]
         return said
@@ -86,8 +90,10 @@ class Tree:
 
 
 @pytest.fixture(params=each([name for name in NAMES if name not in ARM], "make fork"), scope="module")
-def tree(request: pytest.FixtureRequest) -> Tree:
-    return Tree(request.param)
+def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    tree = Tree(request.param)
+    tree.cwd = tmp_path_factory.mktemp("cwd")
+    return tree
 
 
 @pytest.fixture(params=each(ARM, "make fork KIND=aarch64"), scope="module")
@@ -352,12 +358,14 @@ def with_bos(source: Path) -> Path:
     model.fields.pop("tokenizer.ggml.add_bos_token")
     out = source.with_name("bos.gguf")
     write_file(
-        out,
-        arch=model.arch,
-        copy_from=model,
-        set_metadata=lambda writer: writer.add_add_bos_token(True),
-        sources=sources_of(model),
-        options=QuantOptions("f16"),
+        Conversion(
+            out,
+            model.arch,
+            sources_of(model),
+            copy_from=model,
+            set_metadata=lambda writer: writer.add_add_bos_token(True),
+        ),
+        QuantOptions("f16"),
     )
     return out
 
@@ -434,7 +442,7 @@ def server(tree: Tree, model: Path, log: Path) -> Iterator[str]:
     if tree.ik:
         # Its flash attention aborts at prompts of several slots in one batch, whatever the type: GGML_ASSERT(S > 0).
         command += ["--flash-attn", "off"]
-    with open(log, "wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
+    with open(log, "wb") as out, subprocess.Popen(command, stdout=out, stderr=out, cwd=tree.cwd) as process:
         try:
             for _ in range(300):
                 try:

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType, quants
 from sentencepiece import sentencepiece_model_pb2
 
 import ccq_backend
-from ccq_converters import cli, stream
+from ccq_converters import cli
 from ccq_converters.arch import FAMILIES, Config, Family
 from ccq_converters.hessian import HessianWriter
 from ccq_converters.imatrix import Entry, Importance, fill
@@ -441,20 +441,20 @@ RESUMED += ("--threads", "1")
 def _interrupted() -> Files:
     """A model, and what an interrupted conversion of it leaves."""
     files, calls = _gguf(_TENSORS), 0
-    encode = stream.encode_rows
+    encode = ccq_backend.encode
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **more: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > 3:
             raise KeyboardInterrupt
-        return encode(*args)
+        return encode(*args, **more)
 
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_files(files, folder)
         args = [str(folder / arg) if arg.startswith(("in/", "out/")) else arg for arg in RESUMED]
-        with mock.patch.object(stream, "encode_rows", interrupted), mock.patch("click.echo"):
+        with mock.patch.object(ccq_backend, "encode", interrupted), mock.patch("click.echo"):
             cli.main.main(args, standalone_mode=False)
         return files | _collected(folder / "out", "out")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -41,6 +42,24 @@ class Case:
     old_config: bool = False
 
 
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+VISION |= {"num_hidden_layers": 1}
+LLAMA4_VISION = {**VISION, "intermediate_size": 128, "vision_output_dim": 32}
+LLAMA4_VISION |= {"projector_input_dim": 32, "projector_output_dim": 32}
+QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+
+
+def with_vision(config: Callable[..., Any], vision: dict[str, Any], text_type: str | None = None) -> Callable[..., Any]:
+    """The config class of a model of several modalities, called with the keys of its text model."""
+
+    def make(**text: Any) -> Any:
+        tied = text.get("tie_word_embeddings", False)
+        text_config = text if text_type is None else {"model_type": text_type, **text}
+        return config(text_config=text_config, vision_config=vision, tie_word_embeddings=tied)
+
+    return make
+
+
 CONFIG_CLASSES: dict[str, Callable[..., Any]] = {
     "llama": transformers.LlamaConfig,
     "mistral": transformers.MistralConfig,
@@ -62,9 +81,26 @@ CONFIG_CLASSES: dict[str, Callable[..., Any]] = {
     "gpt_oss": transformers.GptOssConfig,
     "deepseek_v2": transformers.DeepseekV2Config,
     "deepseek_v3": transformers.DeepseekV3Config,
+    "qwen3_next": transformers.Qwen3NextConfig,
+    "qwen3_5": transformers.Qwen3_5TextConfig,
+    "qwen3_5_moe": transformers.Qwen3_5MoeTextConfig,
+    "llama4": transformers.Llama4TextConfig,
+    "gemma3": with_vision(transformers.Gemma3Config, VISION),
+    "llama4_vl": with_vision(transformers.Llama4Config, LLAMA4_VISION),
+    "mistral3": with_vision(transformers.Mistral3Config, {"model_type": "pixtral", **VISION}, "mistral"),
+    "llava": with_vision(transformers.LlavaConfig, {"model_type": "clip_vision_model", **VISION}, "llama"),
+    "qwen2_5_vl": with_vision(transformers.Qwen2_5_VLConfig, QWEN_VISION),
+    "qwen2_vl": with_vision(
+        transformers.Qwen2VLConfig, {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+    ),
+    "qwen3_5_vl": with_vision(transformers.Qwen3_5Config, QWEN_VISION),
 }
+SHIFTED = ("gemma3_text", "gemma3", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_vl")
+"""Families whose norms multiply by 1 + weight."""
+
 SPM_FAMILIES = ("llama", "mistral", "mixtral")
 
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 20000.0}
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN_MOE = {**MOE, "moe_intermediate_size": 32, "norm_topk_prob": True}
 LLAMA3_ROPE = {
@@ -130,13 +166,33 @@ LATENT = {
     "n_shared_experts": 2,
     "first_k_dense_replace": 1,
 }
-GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
+GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid"}
 LATENT_YARN = {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}
+DELTA_NET = {
+    "rms_norm_eps": 1e-6,  # as in the real ones: llama.cpp also normalizes heads with it, transformers with 1e-6
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+DELTA_MOE = {**DELTA_NET, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DELTA_MOE |= {"shared_expert_intermediate_size": 48}
+MROPE = {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
 GEMMA_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
 }
+GEMMA3 = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 32,
+    "rope_parameters": GEMMA_ROPE,
+}
 GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 32}
+LLAMA4 = {"num_hidden_layers": 5, "head_dim": 16, "intermediate_size_mlp": 80, "intermediate_size": 48}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
 FAMILY_CASES = [
     Case("smollm3", "smollm3", {"num_hidden_layers": 5}),
@@ -150,17 +206,7 @@ FAMILY_CASES = [
             "logits_scaling": 2.0,
         },
     ),
-    Case(
-        "gemma3",
-        "gemma3_text",
-        {
-            "layer_types": ["sliding_attention", "full_attention"],
-            "head_dim": 32,
-            "query_pre_attn_scalar": 32,
-            "sliding_window": 32,
-            "rope_parameters": GEMMA_ROPE,
-        },
-    ),
+    Case("gemma3", "gemma3_text", {**GEMMA3}),
     Case("phi3", "phi3", {}),
     Case(
         "phi3-longrope",
@@ -178,17 +224,18 @@ FAMILY_CASES = [
     Case("olmoe", "olmoe", {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
     Case("glm4", "glm4", {"head_dim": 32}),
     Case("glm4-moe", "glm4_moe", {**GLM_MOE, "use_qk_norm": True, "attention_bias": True}),
-    Case("cohere2", "cohere2", {"num_hidden_layers": 5, "sliding_window": 32, "logit_scale": 0.5}),
+    Case("cohere2", "cohere2", {"num_hidden_layers": 5, "sliding_window": 32, "logit_scale": 0.5, "rotary_pct": 1.0}),
     Case("ernie4_5", "ernie4_5", {"head_dim": 32}),
     Case("ernie4_5-moe", "ernie4_5_moe", {**ERNIE_MOE}),
     Case("ernie4_5-moe-fused", "ernie4_5_moe", {**ERNIE_MOE, "moe_num_shared_experts": 0}, fused=True),
     Case("gpt-oss", "gpt_oss", {**GPT_OSS, "rope_parameters": {**YARN, "truncate": True}}),
-    Case("deepseek-v2", "deepseek_v2", {**LATENT}),
+    Case("deepseek-v2", "deepseek_v2", {**LATENT, "scoring_func": "softmax"}),
     Case(
         "deepseek-v2-lite",
         "deepseek_v2",
         {
             **LATENT,
+            "scoring_func": "softmax",
             "num_hidden_layers": 26,
             "first_k_dense_replace": 25,
             "q_lora_rank": None,
@@ -196,9 +243,43 @@ FAMILY_CASES = [
         },
     ),
     Case("deepseek-v3", "deepseek_v3", {**LATENT, **GROUPS}, torch.bfloat16),
+    Case("qwen3-next", "qwen3_next", {**DELTA_MOE}),
+    Case("qwen3-next-fused", "qwen3_next", {**DELTA_MOE, "linear_num_value_heads": 6}, fused=True),
+    Case("qwen3_5", "qwen3_5", {**DELTA_NET, "rope_parameters": MROPE, "tie_word_embeddings": True}),
+    Case(
+        "qwen3_5-equal-heads",
+        "qwen3_5",
+        {
+            **DELTA_NET,
+            "linear_num_key_heads": 4,
+            "layer_types": ["full_attention", *["linear_attention"] * 3],
+            "rope_parameters": MROPE,
+        },
+        torch.bfloat16,
+    ),
+    Case("qwen3_5-moe", "qwen3_5_moe", {**DELTA_MOE, "linear_num_value_heads": 6, "rope_parameters": MROPE}),
+    Case(
+        "llama4", "llama4", {**LLAMA4, "num_local_experts": 128, "use_qk_norm": False, "interleave_moe_layer_step": 2}
+    ),
+    Case("llama4-rope-in-ranges", "llama4", {**LLAMA4, "num_local_experts": 4, "rope_parameters": LLAMA3_ROPE}),
     Case("deepseek-v3-yarn", "deepseek_v3", {**LATENT, **GROUPS, "rope_parameters": LATENT_YARN}),
 ]
 """The other families, one or two cases each."""
+
+QWEN_VL = {
+    "rms_norm_eps": 1e-7,  # small: llama.cpp reads none for qwen2vl and computes with 0
+    "rope_parameters": {**DEFAULT_ROPE, "mrope_section": [2, 3, 3]},
+}
+MULTIMODAL_CASES = [
+    Case("gemma3-vision", "gemma3", {**GEMMA3, "tie_word_embeddings": True}),
+    Case("llama4-vision", "llama4_vl", {**LLAMA4, "num_local_experts": 4}),
+    Case("mistral3-vision", "mistral3", {"head_dim": 24, "sliding_window": None}, torch.bfloat16),
+    Case("llava", "llava"),
+    Case("qwen2-vl", "qwen2_vl", {**QWEN_VL}),
+    Case("qwen2_5-vl", "qwen2_5_vl", {**QWEN_VL, "tie_word_embeddings": True}),
+    Case("qwen3_5-vision", "qwen3_5_vl", {**DELTA_NET, "rope_parameters": MROPE}),
+]
+"""Models with a vision tower, of which the text model is taken."""
 
 EXTRA_CASES = [
     Case("llama-yarn-attention-factor", "llama", {"rope_parameters": {**YARN, "attention_factor": 1.4}}),
@@ -223,18 +304,19 @@ def build(case: Case, folder: Path, vocab_size: int | None = None) -> None:
             "bos_token_id": 1 if spm else None,
             "eos_token_id": 2 if spm else 0,
             "pad_token_id": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0},
-            **case.config,
+            "rope_parameters": dict(DEFAULT_ROPE),
+            **copy.deepcopy(case.config),  # config classes write into their arguments
         }
     )
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = auto_class(config).from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             # Large enough that attention is far from uniform and that every norm and bias counts.
             scale = 0.3 if name.endswith(("norm.weight", ".bias")) else 2.0 / weight.shape[-1] ** 0.5
             weight.normal_(0.0, scale)
-            if name.endswith("norm.weight") and case.family != "gemma3_text":  # its code adds the 1
+            shifted = case.family in SHIFTED and not name.endswith("linear_attn.norm.weight")  # their code adds the 1
+            if name.endswith("norm.weight") and not shifted:
                 weight.add_(1.0)
             elif name.endswith("post_feedforward_layernorm.weight"):
                 weight.sub_(0.9)  # ggml's GELU is a table of half-precision numbers: its part must be small
@@ -248,6 +330,13 @@ def build(case: Case, folder: Path, vocab_size: int | None = None) -> None:
             copy_sentencepiece(folder)
         else:
             save_bpe(folder, "qwen2")
+
+
+def auto_class(config: Any, *, whole: bool = True) -> Any:
+    """What loads a model that predicts text, all of it if ``whole``."""
+    # transformers 5.24 cannot run all of a Llama 4 on text: its outputs lack a field.
+    whole = hasattr(config, "vision_config") and (whole or config.model_type != "llama4")
+    return transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM
 
 
 def make_config_old(folder: Path) -> None:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
-from ccq_converters.plan import QuantOptions
+from ccq_converters.options import QuantOptions
 
 from .fetch import source_tree
 from .models import Case, build
@@ -22,6 +22,8 @@ SAVERS = {
     "llama-bpe": ("llama", Vocabulary.save_byte_level),
     "qwen2": ("qwen2", Vocabulary.save_byte_level),
     "qwen35": ("qwen3", Vocabulary.save_byte_level),
+    "gpt-2": ("olmo2", Vocabulary.save_byte_level),
+    "command-r": ("cohere2", Vocabulary.save_byte_level),
     "llama-spm": ("llama", Vocabulary.save_sentencepiece),
     "llama-spm-json": ("mistral", Vocabulary.save_sentencepiece_json),
 }

@@ -20,6 +20,8 @@ REGEXES = {
     "qwen2": QWEN2_REGEX,
     "qwen35": QWEN2_REGEX.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+"),
 }
+NFC = {"qwen2", "qwen35", "command-r"}
+DIGITS = {"command-r", "refact", "starcoder"}
 
 
 class Vocabulary:
@@ -73,15 +75,20 @@ class Vocabulary:
                 "pair": pair,
                 "special_tokens": {bos: ids},
             }
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        split = {"type": "Split", "pattern": {"Regex": REGEXES[self.name]}, "behavior": "Isolated", "invert": False}
+        regex = REGEXES.get(self.name)
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex is None}
+        steps: list[dict[str, Any]] = [byte_level]
+        if regex is not None:
+            steps.insert(0, {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False})
+        elif self.name in DIGITS:
+            steps.insert(0, {"type": "Digits", "individual_digits": True})
         tokenizer = {
             "version": "1.0",
             "truncation": None,
             "padding": None,
             "added_tokens": self._added(),
-            "normalizer": None if self.name == "llama-bpe" else {"type": "NFC"},
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "normalizer": {"type": "NFC"} if self.name in NFC else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
             "post_processor": template,
             "decoder": byte_level,
             "model": {

@@ -68,9 +68,6 @@ CCQ_STEP(2, 3)
 CCQ_STEP(3, 2)
 CCQ_STEP(3, 3)
 
-/* Steps between those that lower the metrics: 8 average errors are far below CCQ_METRIC_MAX. */
-enum { LOWER_EVERY = 8 };
-
 static void viterbi(ccq_trellis * trellis, const int16_t * x, const int16_t * factor, int32_t first) {
     for (int i = 0; i < trellis->steps; i++) {
         const int t = (first + i) % trellis->steps;
@@ -88,6 +85,6 @@ static void viterbi(ccq_trellis * trellis, const int16_t * x, const int16_t * fa
         case 3 * 4 + 2: step_32(trellis, t & 1, in, out, x[t], f); break;
         default: step_33(trellis, t & 1, in, out, x[t], f); break;
         }
-        if ((i + 1) % LOWER_EVERY == 0) { lower_metrics(out, CCQ_TRELLIS_LEVELS >> after); }
+        if ((i + 1) % CCQ_LOWER_EVERY == 0) { lower_metrics(out, CCQ_TRELLIS_LEVELS >> after); }
     }
 }
