@@ -38,8 +38,7 @@ def cases(program: Path, isa: str, first: int, count: int) -> tuple[dict[int, st
 
 
 def fuzz(state: Path, count: int, run: int) -> int:
-    """The first ``count`` cases of a run with every kernel set, but for those that went well before; returns how many went
-    wrong.
+    """The first ``count`` cases of a run with every kernel set, but for those that went well before; how many failed.
 
     A set must print what the scalar one does: what that is meant to have in common is in the digest.
     """
