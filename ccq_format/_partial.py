@@ -221,7 +221,7 @@ def _read_journal(path: Path) -> tuple[dict[str, str] | None, list[_Record]]:
         job = first["job"]
         if first["ccq_partial"] != _VERSION or not isinstance(job, dict):
             return None, []
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None, []
     at = len(lines[0])
     for line in lines[1:]:
@@ -230,7 +230,7 @@ def _read_journal(path: Path) -> tuple[dict[str, str] | None, list[_Record]]:
             entry = json.loads(line)
             nbytes = int(entry["bytes"]) if "bytes" in entry else None
             record = _Record(str(entry["tensor"]), nbytes, int(entry["crc32"]), at)
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
             break
         if not line.endswith(b"\n"):
             break

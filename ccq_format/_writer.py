@@ -17,7 +17,7 @@ from gguf.gguf_writer import WriterState
 
 from ._header import ALIGNMENT_KEY, ENCODER_KEY, MAX_NAME_BYTES, SPEC_VERSION_KEY
 from ._partial import DIGEST, Partial
-from .errors import PlanError, ShapeError
+from .errors import AlignmentError, PlanError, ShapeError
 from .layouts import LAYOUTS, SPEC_VERSION
 from .output import Output, OutputFile
 
@@ -40,6 +40,9 @@ _NATIVE = {
 _CHECKPOINT = 1 << 25
 """Bytes of one tensor after which a job notes that it has come so far: a few minutes of one core's encoding, of a stack
 of experts that takes hours."""
+
+MAX_ALIGNMENT = 1 << 21
+"""Of files that are copied: the largest usual page.  A file of 100 bytes may say 2^31."""
 
 _DIGESTED = ("the metadata", "the list of tensors and types")
 """The parts of the header that must not have changed between two runs of a job."""
@@ -154,7 +157,9 @@ class ModelWriter(Output):
 
     def copy_metadata(self, model: Model) -> None:
         """Take over all keys of ``model`` with their exact value types and order, but not ``ccq.*`` and ``split.*``:
-        these say how *that* file was written.  A key that was set before is replaced.  The alignment is taken over."""
+        these say how *that* file was written.  A key that was set before is replaced.  The alignment is taken over.
+
+        Raises ``AlignmentError`` if that is absurd, so that padding would be all there is."""
         target = self.gguf.kv_data[0]
         for key, kv in model.fields.items():
             if key.startswith(("ccq.", "split.")):
@@ -162,6 +167,8 @@ class ModelWriter(Output):
             target.pop(key, None)
             self.gguf.add_key_value(key, kv.value, kv.type, kv.sub_type)
         if ALIGNMENT_KEY in model.fields:
+            if model.alignment > MAX_ALIGNMENT:
+                raise AlignmentError(f"{ALIGNMENT_KEY} is {model.alignment}, too much for a copy", file=model.path)
             self.gguf.data_alignment = model.alignment
 
     def add_tensor(self, name: str, type_name: str, shape: Sequence[int]) -> int:

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import os
 
+MAX_NAME = 200
+MAX_REASON = 1000
+"""Characters that a message has of a tensor's name and of a reason: damaged files may hold text of any length."""
+
+
+def readable(text: str, limit: int = MAX_REASON, keep: str = "") -> str:
+    """``text``, which may come from anywhere, for a terminal or a log: what is no printable character, but for those of
+    ``keep``, is escaped, and what goes beyond ``limit`` characters is cut."""
+    shown = "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text[:limit])
+    return shown if max(len(text), len(shown)) <= limit else f"{shown[:limit]}... ({len(text)} characters)"
+
 
 class CcqError(Exception):
     """Base of all errors that CCQ raises on purpose.
 
-    ``file`` and ``tensor`` say where (``None`` where it does not apply), ``reason`` what is wrong.
+    ``file`` and ``tensor`` say where (``None`` where it does not apply), ``reason`` what is wrong; the message has them
+    as :func:`readable` text.
     """
 
     def __init__(self, reason: str, *, file: str | os.PathLike[str] | None = None, tensor: str | None = None) -> None:
         self.reason = reason
         self.file = os.fspath(file) if file is not None else None
         self.tensor = tensor
-        where = [self.file] if self.file else []
+        where = [readable(self.file)] if self.file else []
         if tensor is not None:
-            where.append(f"tensor '{tensor}'")
-        super().__init__(": ".join([*where, reason]))
+            where.append(f"tensor '{readable(tensor, MAX_NAME)}'")
+        super().__init__(": ".join([*where, readable(reason, keep="\n")]))
 
 
 # --- the container (spec section 4) ---------------------------------------------------------------------------------

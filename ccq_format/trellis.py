@@ -152,7 +152,7 @@ class TrellisCode:
         mean = blocks
         while mean.shape[-1] > 1:  # by square roots, which are the same everywhere
             mean = np.sqrt(mean[..., 0::2] * mean[..., 1::2])
-        root = np.sqrt(mean / blocks)
+        root = np.sqrt(np.divide(mean, blocks, out=np.zeros_like(blocks), where=blocks > 0))
         gain: F32 = (1 + np.minimum(raised * (root * np.sqrt(root)), LARGEST_GAIN)).astype(np.float32)
         return gain.reshape(weights.shape)
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 
 import ccq_format
-from ccq_format.errors import CcqError
+from ccq_format.errors import CcqError, readable
 
 from . import hessian as hessians
 from . import imatrix as importance
@@ -25,6 +25,9 @@ from .plan import Plan
 from .target_types import KEEP
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+MAX_NOTE = 2000
+"""Characters of a line on stderr: some of what it says comes from files."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -70,7 +73,7 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         kind = {logging.DEBUG: "", logging.INFO: "Note: "}.get(record.levelno, "Warning: ")
-        click.echo(f"{kind}{record.getMessage()}", err=True)
+        click.echo(f"{kind}{readable(record.getMessage(), MAX_NOTE)}", err=True)
 
 
 def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
@@ -78,7 +81,7 @@ def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
 
 
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    return readable(" ".join(str(message).split()), MAX_NOTE)
 
 
 def _overrides(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ def progress_bar(wanted: bool) -> Progress:
     from rich.console import Console  # what shows no progress starts faster without
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     console = Console(stderr=True)
     return Progress(
         *columns,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ccq_format import layouts
+from ccq_format import codec, layouts
 from ccq_format.errors import CcqError, ImportanceError
 
 from .encode import check_weights, encode_rows, on_gpu, rows_of_importance
@@ -63,7 +63,12 @@ def encoded_rows(
         if copied is not None:
             if tensor.type in ("f32", "f16", "bf16", "q8_0"):
                 check_weights(source.load_rows(start, stop), tensor.type, source.name)
-            yield copied(start, stop), weights
+            data = copied(start, stop)
+            if is_ccq(tensor.type):
+                layout = layouts.by_name(tensor.type)
+                first_block = start * source.row_len // layout.block_weights
+                codec.check_blocks(layout, data, tensor=source.name, first_block=first_block)
+            yield data, weights
             continue
         x = source.load_rows(start, stop)
         check_weights(x, tensor.type, source.name)

@@ -117,9 +117,10 @@ class Hessians:
         try:
             self._stored, metadata = read_header(self.file)
             shared = json.loads(metadata.get("ccq.shared", "{}"))
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise ImportanceError(f"is no intact safetensors file: {error}", file=self.file) from None
-        if metadata.get("ccq.hessian") != VERSION or not isinstance(shared, dict):
+        names_names = isinstance(shared, dict) and all(isinstance(name, str) for name in shared.values())
+        if metadata.get("ccq.hessian") != VERSION or not names_names:
             raise ImportanceError(
                 f"is no Hessian file of version {VERSION}: ccq.hessian is {metadata.get('ccq.hessian')!r}",
                 file=self.file,

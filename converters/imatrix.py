@@ -51,6 +51,9 @@ silent in every text."""
 _TINY = 1e-37
 """Keeps every importance a normal float32."""
 
+_HUGE = 1e30
+"""A mean square above this is damage: no model's inputs are 1e15, and sums over rows and experts would overflow."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -217,8 +220,8 @@ class Importance:
 def load(path: str | os.PathLike[str]) -> Importance:
     """Read an importance file in either form.
 
-    Entries that hold no numbers of any use (NaN, infinite or negative, counts of 0) are left out with a warning, in
-    stacks those experts alone, which then count as never hit.
+    Entries that hold no numbers of any use (NaN, infinite, negative or far too large, counts of 0) are left out with a
+    warning, in stacks those experts alone, which then count as never hit.
 
     Raises ``InputError`` if it cannot be read, ``FormatError`` (its subclasses) for a damaged GGUF file and
     ``ImportanceError`` for everything else that is no importance, naming the file and the tensor.
@@ -240,7 +243,7 @@ def load(path: str | os.PathLike[str]) -> Importance:
     return replace(importance, entries=kept)
 
 
-_UNUSABLE = "as their sums or counts are NaN, infinite or negative, or their counts 0"
+_UNUSABLE = "as their sums or counts are NaN, infinite, negative or far too large, or their counts 0"
 
 
 def _usable(file: str, name: str, entry: Entry) -> Entry | None:
@@ -257,7 +260,7 @@ def _usable(file: str, name: str, entry: Entry) -> Entry | None:
     # min and max propagate NaN and need no large temporary array.
     sums, counts = entry.sums.reshape(sets, -1), entry.counts
     low, high = sums.min(axis=1), sums.max(axis=1)
-    good = np.isfinite(high) & (low >= 0) & np.isfinite(counts) & (counts >= 0) & ((counts > 0) | (high == 0))
+    good = (high <= _HUGE * counts) & (low >= 0) & np.isfinite(counts) & (counts >= 0) & ((counts > 0) | (high == 0))
     if not (good & (counts > 0)).any():
         return None
     if gradients is not None and not (np.isfinite(gradients.max()) and gradients.min() >= 0):

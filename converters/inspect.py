@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ccq_format.errors import readable
 from ccq_format.gguf_io import Model, open_model
 
 from .console import format_bytes
@@ -40,11 +41,11 @@ def as_json(model: Model) -> dict[str, Any]:
 def as_text(model: Model) -> str:
     """The report for people: one line per tensor, then totals by type."""
     lines = [
-        f"{model.path}: {model.arch or 'no architecture'}, CCQ spec {model.spec_version or '-'}"
-        + (f", written by {model.encoder}" if model.encoder else "")
+        f"{model.path}: {readable(model.arch) or 'no architecture'}, CCQ spec {model.spec_version or '-'}"
+        + (f", written by {readable(model.encoder)}" if model.encoder else "")
         + (f", {len(model.files)} files" if len(model.files) > 1 else "")
     ]
-    rows = [(t.name, t.type_name, " x ".join(map(str, t.shape)), f"{t.bpw:.4g}") for t in model.tensors]
+    rows = [(readable(t.name), t.type_name, " x ".join(map(str, t.shape)), f"{t.bpw:.4g}") for t in model.tensors]
     rows.insert(0, ("tensor", "type", "shape", "bpw"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines += ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

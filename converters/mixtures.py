@@ -75,7 +75,7 @@ class MixtureScheme:
             found = _QUERY.search(name)
             key = shapes.get(f"{found[1]}k.weight") if found else None
             if key:
-                self.shared_heads = max(self.shared_heads, shape[0] // key[0])
+                self.shared_heads = max(self.shared_heads, shape[0] // max(1, key[0]))
 
     def matrix(self, name: str) -> tuple[str, str]:
         """Type and reason of a matrix."""

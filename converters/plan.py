@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
-from ccq_format.errors import PlanError
+from ccq_format.errors import PlanError, readable
 
 from .console import format_bytes
 from .options import QuantOptions
@@ -97,7 +97,9 @@ class Plan:
         for t in self.tensors:
             shape = " x ".join(map(str, t.source.shape))
             share = [f"{100 * t.loss / total:.2f} %" if t.loss is not None else ""] if total else []
-            rows.append([t.source.name, shape, t.source.source_type, t.type, f"{t.nbytes:,}", *share, t.reason])
+            rows.append(
+                [readable(t.source.name), shape, t.source.source_type, t.type, f"{t.nbytes:,}", *share, t.reason]
+            )
         last = len(rows[0]) - 1
         widths = [max(len(row[i]) for row in rows) for i in range(last)]
         lines = []

@@ -217,7 +217,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTensor], 
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         state = FileState.of(file)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     tensors = {}
     path = Path(path)
     for name, info in header.items():
@@ -326,7 +326,11 @@ class Checkpoint:
             if Path(shard).name != shard or shard in ("", ".", ".."):
                 raise ModelError(f"names a file outside of the model folder: '{shard}'", file=index_path)
             path = self.model_dir / shard
-            if not path.is_file():
+            try:
+                found = path.is_file()
+            except OSError as error:  # no name that this system can have
+                raise ModelError(f"names a file that cannot be: {error}", file=index_path) from None
+            if not found:
                 lost = sum(value == shard for value in weight_map.values())
                 raise ModelError(f"the shard is missing; the index places {lost} tensors in it", file=path)
             self._open_shard(path)

@@ -170,7 +170,10 @@ def _added_tokens(path: Path, tokenizer: dict[str, Any] | None, config: dict[str
     """Added tokens by id: those of tokenizer.json, then those of tokenizer_config.json."""
     entries: list[tuple[Any, Any]] = []
     if tokenizer is not None:
-        entries += [(e.get("id") if isinstance(e, dict) else None, e) for e in tokenizer.get("added_tokens") or []]
+        listed = tokenizer.get("added_tokens") or []
+        if not isinstance(listed, list):
+            raise ModelError(f"'added_tokens' must be a list, it is {listed!r}", file=path)
+        entries += [(e.get("id") if isinstance(e, dict) else None, e) for e in listed]
     decoder = config.get("added_tokens_decoder") or {}
     if isinstance(decoder, dict):
         entries += list(decoder.items())
@@ -178,7 +181,7 @@ def _added_tokens(path: Path, tokenizer: dict[str, Any] | None, config: dict[str
     for key, entry in entries:
         try:
             token, content = int(key), entry["content"]
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             raise ModelError(f"has a malformed added token: {key!r}: {entry!r}", file=path) from None
         if not isinstance(content, str) or token < 0:
             raise ModelError(f"has a malformed added token: {key!r}: {entry!r}", file=path)
@@ -280,7 +283,10 @@ def _base_vocab(path: Path, model: dict[str, Any], vocab_size: int) -> dict[str,
 
 def _merge_pairs(path: Path, model: dict[str, Any]) -> list[tuple[str, str]]:
     pairs = []
-    for merge in model.get("merges") or []:
+    merges = model.get("merges") or []
+    if not isinstance(merges, list) or len({isinstance(merge, str) for merge in merges}) > 1:
+        raise ModelError("'merges' must be a list of texts, or of pairs", file=path)
+    for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) for p in parts):
             raise ModelError(f"has a malformed merge: {merge!r}", file=path)
@@ -300,7 +306,7 @@ def _sentencepiece_json(path: Path, tokenizer: dict[str, Any], config: dict[str,
     for text, token in vocab.items():
         tokens[token], scores[token] = text, 0.0
         types[token] = TokenType.BYTE if _BYTE_TOKEN.fullmatch(text) else TokenType.NORMAL
-    if (unknown := model.get("unk_token")) in vocab:
+    if isinstance(unknown := model.get("unk_token"), str) and unknown in vocab:
         types[vocab[unknown]] = TokenType.UNKNOWN
     for rank, (left, right) in reversed(list(enumerate(_merge_pairs(path, model)))):
         if left + right in vocab:
@@ -361,7 +367,8 @@ def _steps(spec: Any, key: str) -> list[dict[str, Any]]:
     if not isinstance(spec, dict):
         return [{"type": repr(spec)}]
     if spec.get("type") == "Sequence":
-        return [step for inner in spec.get(key) or [] for step in _steps(inner, key)]
+        inner = spec.get(key) or []
+        return [step for one in (inner if isinstance(inner, list) else [inner]) for step in _steps(one, key)]
     return [spec]
 
 

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ccq_converters.cli import main
+from ccq_converters.console import progress_bar
 from ccq_converters.target_types import STOCK_TYPES
 from ccq_format import codec, layouts
 from ccq_format.gguf_io import ModelWriter, open_model
@@ -321,3 +322,12 @@ def test_interrupt_leaves_no_file(tmp_path: Path) -> None:
     assert stdout == b""
     assert without_advice(stderr.decode()) == "Interrupted; no file was written.\n"
     assert list(out.iterdir()) == []
+
+
+def test_names_on_the_progress_bar_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``[/x]`` would be an error of the bar's, ``[red]`` be lost."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, to rich
+    with progress_bar(True) as bar:
+        assert not bar.disable
+        bar.add_task("[/x] [red]")
+        assert "[/x] [red]" in "".join(segment.text for segment in bar.console.render(bar.get_renderable()))

@@ -256,6 +256,10 @@ def test_gain_follows_its_formula() -> None:
     assert gain.min() < 1.01
     assert gain.max() == 1.25
     np.testing.assert_array_equal(layout.code.gain(layout, weights[1]), gain[1])
+    weights[1, :3] = 0
+    with_zeros = layout.code.gain(layout, weights)
+    assert np.isfinite(with_zeros).all()
+    np.testing.assert_array_equal(with_zeros[[0, 2]], gain[[0, 2]])
     np.testing.assert_allclose(layout.code.gain(layout, np.ones(64, np.float32)), layout.code.gain(layout, None)[0])
     paper = layouts.by_name("ccq_p2")
     assert paper.code.gain(paper, weights) == 1

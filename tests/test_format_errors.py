@@ -52,6 +52,19 @@ def test_malformed_file(name: str) -> None:
     assert len(caught.value.reason) < 300
 
 
+def test_messages_are_fit_for_a_terminal() -> None:
+    """Names and values come from files: no escape sequence, no second line, no megabytes."""
+    error = CcqError("holds '\x1b[31m' and \ud800,\nand more: " + "\x07" * 10**6, file="f\r", tensor="a\nb" + "x" * 999)
+    lines = str(error).split("\n")
+    assert [line.isprintable() for line in lines] == [True, True]
+    assert lines[0].startswith("f\\r: tensor 'a\\nbxxx")
+    assert lines[0].endswith("... (1002 characters)': holds '\\x1b[31m' and \\ud800,")
+    assert len(str(error)) < 1500
+    assert lines[1].endswith(f"... ({len(error.reason)} characters)")
+    assert error.reason.endswith("\x07"), "what programs see is as it is"
+    assert errors.readable("blk.0 größe 🦙") == "blk.0 größe 🦙"
+
+
 # --- fuzzing ----------------------------------------------------------------------------------------------------------
 
 

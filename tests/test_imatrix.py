@@ -311,7 +311,7 @@ def test_bad_gguf(tmp_path: Path, tensors: dict[str, np.ndarray], reason: str) -
 @pytest.mark.parametrize(
     ("name", "index", "value"),
     [("in_sum2", 3, -1), ("in_sum2", 3, np.nan), ("in_sum2", 3, np.inf), ("counts", 0, 0), ("counts", 0, -5),
-     ("counts", 0, np.nan), ("counts", 0, np.inf)],
+     ("counts", 0, np.nan), ("counts", 0, np.inf), ("in_sum2", 3, 3e38), ("counts", 0, 1e-38)],
 )  # fmt: skip
 def test_unusable_numbers_are_dropped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, index: int, value: float

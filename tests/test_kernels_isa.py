@@ -122,3 +122,42 @@ def test_all_supported_sets_agree_bit_for_bit() -> None:
     assert len(reference) >= len(LAYOUTS) * 8
     for name, result in results.items():
         assert {k for k in reference if result[k] != reference[k]} == set(), name
+
+
+# Blocks that end where a page ends that is followed by none: who reads beyond them ends the process.
+AT_THE_END_OF_MEMORY = """
+import ctypes, mmap
+import numpy as np
+import ccq_backend
+from ccq_format.layouts import LAYOUTS
+
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 3 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.mprotect(ctypes.c_void_p(start + 2 * page), ctypes.c_size_t(page), 0) == 0  # PROT_NONE
+rng = np.random.default_rng(1)
+for layout in LAYOUTS:
+    for blocks in (1, 2, 3):
+        act = ccq_backend.quantize_activations(np.ones((17, blocks * layout.block_weights), np.float32))
+        for rows in (1, 2, 3, 16, 17):
+            size = rows * blocks * layout.block_bytes
+            if size > 2 * page:
+                continue
+            at_end = np.frombuffer(memory, np.uint8, size, 2 * page - size).reshape(rows, -1)
+            at_end[:] = rng.integers(0, 256, at_end.shape, dtype=np.uint8)
+            elsewhere = at_end.copy()
+            for got, wanted in [
+                (ccq_backend.decode(layout, at_end), ccq_backend.decode(layout, elsewhere)),
+                *((ccq_backend.mul_mat(layout, b[0], act[:n]), ccq_backend.mul_mat(layout, b[1], act[:n]))
+                  for b in [(at_end, elsewhere)] for n in (1, 2, 3, 4, 5, 17)),
+            ]:
+                assert np.array_equal(got.view(np.uint32), wanted.view(np.uint32))
+print("read")
+"""
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_nothing_behind_the_blocks_is_read(name: str) -> None:
+    run = run_python(AT_THE_END_OF_MEMORY, CCQ_ISA=name)
+    assert run.stdout == "read\n", f"exit code {run.returncode}: {run.stderr[-2000:]}"

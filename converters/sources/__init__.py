@@ -54,7 +54,7 @@ def open_checkpoint(model_dir: Path, config: Config, k_order: str | None = None)
         return checkpoint
     settings = Settings(raw, config)
     method = raw.get("quant_method")
-    if method not in FORMATS:
+    if not isinstance(method, str) or method not in FORMATS:
         known = ", ".join(FORMATS)
         raise config.error(f"the quantization {method!r} is not supported (supported: {known}); take other weights")
     checkpoint.decode(list(FORMATS[method](settings, checkpoint)))

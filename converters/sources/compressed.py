@@ -18,7 +18,7 @@ from .format import Settings, companion, matrix, named, words_to_codes
 from .modelopt import nvfp4_tensor
 from .mxfp4 import GROUP as MX_GROUP
 from .mxfp4 import mx_tensor
-from .scaled import scaled_tensor
+from .scaled import is_block, scaled_tensor
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -51,7 +51,8 @@ def tensors(settings: Settings, checkpoint: Checkpoint) -> Iterator[DecodedTenso
 def _groups(settings: Settings) -> list[dict[str, object]]:
     """The ``weights`` of each config group."""
     found = []
-    for group in (settings.raw.get("config_groups") or {}).values():
+    groups = settings.raw.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if isinstance(weights, dict):
             found.append(weights)
@@ -62,10 +63,10 @@ def _groups(settings: Settings) -> list[dict[str, object]]:
 
 def _bits(settings: Settings, codes: StoredTensor) -> int:
     """Bits per code, which must be the same in all groups that are integers."""
-    found = {weights.get("num_bits") for weights in _groups(settings) if weights.get("type", "int") == "int"}
-    if len(found) != 1:
-        raise codes.error("its bits per code are not known: 'config_groups' has several")
-    bits = found.pop()
+    found = [weights.get("num_bits") for weights in _groups(settings) if weights.get("type", "int") == "int"]
+    if not found or found.count(found[0]) < len(found):
+        raise codes.error("its bits per code are not known: 'config_groups' has several, or none")
+    bits = found[0]
     if not isinstance(bits, int) or not 1 <= bits <= 8:
         raise settings.error(f"'num_bits' is {bits!r}; supported are 1 to 8")
     return bits
@@ -75,10 +76,10 @@ def _block(settings: Settings, weight: StoredTensor, scale: StoredTensor) -> tup
     """Rows and columns of a block, if scales are one per block."""
     for weights in _groups(settings):
         block = weights.get("block_structure")
-        if weights.get("strategy") == "block" and isinstance(block, list) and len(block) == 2 and len(scale.shape) == 2:
+        if weights.get("strategy") == "block" and is_block(block) and len(scale.shape) == 2:
             grid = tuple(ceil(n / size) for n, size in zip(weight.shape[-2:], block, strict=True))
             if grid == scale.shape:
-                return int(block[0]), int(block[1])
+                return block[0], block[1]
     return None
 
 

@@ -66,6 +66,7 @@ def companion(
     found = checkpoint.stored.get(name)
     if found is None:
         raise tensor.error(f"its '{name}' is missing")
+    _refuse_empty(found)
     if found.dtype not in dtypes:
         raise found.error(f"is stored as {found.dtype}, not as {' or '.join(dtypes)}")
     if shape is not None and found.shape != shape:
@@ -74,10 +75,17 @@ def companion(
 
 
 def matrix(tensor: StoredTensor, dtypes: tuple[str, ...], dims: tuple[int, ...] = (2,)) -> StoredTensor:
-    """``tensor``, if it is of one of ``dtypes`` and has as many dimensions.  Raises ``ModelError``."""
+    """``tensor``, if it is of one of ``dtypes``, has as many dimensions and is not empty.  Raises ``ModelError``."""
+    _refuse_empty(tensor)
     if tensor.dtype not in dtypes or len(tensor.shape) not in dims:
         raise tensor.error(f"is {tensor.dtype} {list(tensor.shape)}; expected is a matrix of {' or '.join(dtypes)}")
     return tensor
+
+
+def _refuse_empty(tensor: StoredTensor) -> None:
+    """Raise ``ModelError`` for a tensor without elements, which would be divided by."""
+    if 0 in tensor.shape:
+        raise tensor.error(f"is empty: {list(tensor.shape)}")
 
 
 def nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:

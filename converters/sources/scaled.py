@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import ceil, prod
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +23,16 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 def fp8(settings: Settings, checkpoint: Checkpoint) -> Iterator[DecodedTensor]:
     """``X.weight`` with ``X.weight_scale_inv``, or of fused experts ``X`` with ``X_scale_inv`` (see ``Format``)."""
     block = settings.raw.get("weight_block_size")
-    if block is not None and not (
-        isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
-    ):
+    if block is not None and not is_block(block):
         raise settings.error(f"'weight_block_size' must be two sizes, it is {block!r}")
     for name, scale in named(checkpoint, "_scale_inv"):
         weight = companion(checkpoint, scale, name, ("F8_E4M3", "F8_E5M2"))
         yield scaled_tensor(weight, scale, tuple(block) if block and prod(scale.shape) > 1 else None)
+
+
+def is_block(value: object) -> TypeGuard[list[int]]:
+    """Whether a value of a config is the size of a block: positive numbers of rows and columns."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(size, int) and size > 0 for size in value)
 
 
 def fbgemm(settings: Settings, checkpoint: Checkpoint) -> Iterator[DecodedTensor]:

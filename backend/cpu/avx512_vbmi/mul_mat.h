@@ -7,9 +7,22 @@
 
 #define CCQ_HAVE_MUL_MAT
 
-/* Rows are at most 3.125 bits a weight; the last one of a product is copied, since blocks are loaded beyond their end.
- */
+/* Blocks are loaded beyond their end, so the last row of a product is copied; if it is too short to make up for that,
+ * the one before it, too.  Rows are at most 3.125 bits a weight; two of less than ROW_OVERREAD bytes fit as well. */
 static size_t copied_row_bytes(int64_t n) { return ((size_t)(n / 2 + 2 * ROW_OVERREAD) + 63) & ~(size_t)63; }
+
+typedef struct {
+    const uint8_t * bytes; /* the rows from `first` on, packed */
+    int64_t first, row_bytes;
+} copied_rows;
+
+CCQ_INLINE copied_rows copy_last_rows(const ccq_product * p, int64_t row_bytes, uint8_t * out) {
+    const int64_t count = row_bytes < ROW_OVERREAD && p->n_rows > 1 ? 2 : 1, first = p->n_rows - count;
+    for (int64_t i = 0; i < count; i++) {
+        memcpy(out + i * row_bytes, (const uint8_t *)p->blocks + (first + i) * p->row_stride, (size_t)row_bytes);
+    }
+    return (copied_rows){out, first, row_bytes};
+}
 
 static size_t panel_bytes(int64_t n) {
     return (size_t)(PANEL_ROWS * n) + (size_t)(PANEL_ROWS * n / CCQ_GROUP) * sizeof(float);
@@ -22,19 +35,21 @@ static size_t work_bytes(int64_t n, int64_t n_cols) {
 }
 
 /* The next `count` rows from `first` on; behind the product's end the last one again. */
-CCQ_INLINE void row_pointers(const ccq_product * p, const uint8_t * last, int64_t first, int count,
+CCQ_INLINE void row_pointers(const ccq_product * p, const copied_rows * last, int64_t first, int count,
                              const uint8_t ** row) {
     for (int i = 0; i < count; i++) {
-        row[i] = first + i < p->n_rows - 1 ? (const uint8_t *)p->blocks + (first + i) * p->row_stride : last;
+        const int64_t at = first + i < p->n_rows ? first + i : p->n_rows - 1;
+        row[i] = at < last->first ? (const uint8_t *)p->blocks + at * p->row_stride
+                                  : last->bytes + (at - last->first) * last->row_bytes;
     }
 }
 
 #define CCQ_MUL_MAT(stem, row_bytes, offset)                                                                           \
     static void mul_mat_##stem(const ccq_product * p) {                                                                \
         const int64_t n_groups = p->n / CCQ_GROUP;                                                                     \
-        uint8_t *last = p->work, *work = last + copied_row_bytes(p->n);                                                \
+        const copied_rows last = copy_last_rows(p, row_bytes, p->work);                                                \
+        uint8_t * work = (uint8_t *)p->work + copied_row_bytes(p->n);                                                  \
         const uint8_t * row[PANEL_ROWS];                                                                               \
-        memcpy(last, (const uint8_t *)p->blocks + (p->n_rows - 1) * p->row_stride, (size_t)(row_bytes));               \
         if (p->n_cols > VECTOR_COLUMNS) {                                                                              \
             uint8_t * levels = work;                                                                                   \
             float * scales = (float *)(work + PANEL_ROWS * p->n);                                                      \
@@ -42,7 +57,7 @@ CCQ_INLINE void row_pointers(const ccq_product * p, const uint8_t * last, int64_
                 const int64_t left = p->n_rows - first;                                                                \
                 const panel rows = {levels, scales, PANEL_SIGNED ? 0 : (offset),                                       \
                                     left < PANEL_ROWS ? left : PANEL_ROWS, first};                                     \
-                row_pointers(p, last, first, PANEL_ROWS, row);                                                         \
+                row_pointers(p, &last, first, PANEL_ROWS, row);                                                        \
                 for (int s = 0; s < PANEL_SETS; s++) {                                                                 \
                     decode_set_##stem(row + s * SET_ROWS, SET_ROWS, n_groups, levels + s * SET_BYTES,                  \
                                       scales + s * SET_ROWS);                                                          \
@@ -63,7 +78,7 @@ CCQ_INLINE void row_pointers(const ccq_product * p, const uint8_t * last, int64_
         }                                                                                                              \
         for (int64_t first = 0; first < p->n_rows; first += VECTOR_ROWS) {                                             \
             const int64_t left = p->n_rows - first;                                                                    \
-            row_pointers(p, last, first, VECTOR_ROWS, row);                                                            \
+            row_pointers(p, &last, first, VECTOR_ROWS, row);                                                           \
             vector_##stem(row, left < VECTOR_ROWS ? (int)left : VECTOR_ROWS, col, (int)p->n_cols, n_groups, first);    \
         }                                                                                                              \
     }

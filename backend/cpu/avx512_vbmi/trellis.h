@@ -67,8 +67,11 @@ typedef struct {
 CCQ_TRELLIS_TYPES(X)
 #undef X
 
-/* Blocks are loaded as 32 bytes: up to this much behind a row's end. */
+/* Blocks are loaded as 32 bytes: up to this much behind a row's end, which is within the two rows behind it. */
 enum { ROW_OVERREAD = 32 };
+#define X(STEM, stem, id, weights, bytes) CCQ_STATIC_ASSERT(3 * (bytes) >= ROW_OVERREAD, "two rows copied are enough");
+CCQ_TYPES(X)
+#undef X
 
 typedef struct {
     __m512i low, high;
