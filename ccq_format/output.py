@@ -164,10 +164,12 @@ class OutputFile(Output):
                 os.unlink(self.path)
 
     def is_published(self) -> bool:
-        """Whether the file is the one that has the name."""
+        """Whether the file is open and the one that has the name."""
+        if self._file is None:
+            return False
         try:
-            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
-        except OSError:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+        except (OSError, ValueError):  # ValueError: closed
             return False
 
     def settle(self) -> None:
