@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 AMX := $(shell echo | $(or $(CXX),c++) -march=native -dM -E - 2>/dev/null | grep -c __AMX_INT8__)
 INSTALL_LLAMA := $(if $(filter 1,$(AMX)),CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse") $(INSTALL)
 
-.PHONY: setup demo test test-slow fuzz test-upstream test-isa fork test-fork test-hosts upstream-check bench quality-real cuda bench-cuda generate vectors check format clean
+.PHONY: setup demo test test-slow fuzz test-upstream test-isa fork test-fork test-hosts upstream-check bench quality-real cuda bench-cuda package generate vectors check format clean
 
 setup: .venv/.llama ## install the package and llama.cpp into .venv
 
@@ -67,6 +67,15 @@ cuda: .venv/.cuda ## build and install the CUDA kernels too (needs nvcc, no GPU;
 bench-cuda: .venv/.cuda ## on a machine with a GPU: check the CUDA kernels against the CPU, then measure them
 	$(INSTALL) torch
 	$(BIN)/python benchmarks/cuda/bench.py
+
+PYTHONS ?= $(PYTHON)
+package: .venv/.python ## build the source archive, and from it the wheel, and check both
+	$(INSTALL) build twine auditwheel
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/auditwheel show dist/*.whl
+	$(BIN)/python tests/check_package.py dist $(PYTHONS)
 
 generate: .venv/.llama ## rewrite what is derived from ccq_format/layouts.py
 	$(BIN)/python backend/gen.py

@@ -19,6 +19,7 @@ from ccq_format.errors import CcqError, readable
 
 from . import hessian as hessians
 from . import imatrix as importance
+from .encode import require_device
 from .options import QuantOptions
 from .plan import Plan
 from .target_types import KEEP
@@ -191,6 +192,13 @@ def _quant_options(command: _F) -> _F:
             show_default=True,
             help="How far the encoder of the T types searches: fast takes less than half the time for 3 % more error.",
         ),
+        click.option(
+            "--device",
+            type=click.Choice(["cpu", "cuda"], case_sensitive=False),
+            default="cpu",
+            show_default=True,
+            help="What encodes the T types; cuda: an NVIDIA GPU, after `make cuda`, to the same bytes.",
+        ),
         click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0 = one per CPU.  [0]"),
         _split_option,
         click.option("--dry-run", is_flag=True, help="Only print the plan, its size and the time to expect."),
@@ -218,6 +226,7 @@ def _options(
     hessian: str | None,
     threads: int,
     effort: str,
+    device: str,
     split_max_size: int | None,
     k_order: str | None = None,
     **flags: bool,
@@ -226,6 +235,7 @@ def _options(
         raise click.UsageError("Missing option '-o' / '--output'.")
     if sum(wish is not None for wish in (type_name, target_bpw, target_size)) != 1:
         raise click.UsageError("Give exactly one of --type, --target-bpw and --target-size.")
+    require_device(device)
     feedback = hessian == "auto"
     if feedback and flags["no_calibration"]:
         raise click.UsageError("--hessian auto is a calibration, which --no-calibration excludes.")
@@ -239,6 +249,7 @@ def _options(
         overrides=overrides,
         threads=threads,
         effort=effort,
+        device=device,
         split_max_size=split_max_size,
         fallback=not flags["no_fallback"],
         force=flags["force"],

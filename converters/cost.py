@@ -37,6 +37,8 @@ def expectation(plan: Plan, options: QuantOptions) -> str:
         largest = max((t for t in encoded if t.source.source_type == kind), key=lambda t: t.source.n_weights)
         seconds += weights * _seconds_to_read(largest)
     line = f"expected time: {_for_people(seconds)} with {threads} thread{'s' if threads > 1 else ''}"
+    if options.device != "cpu":
+        line += " and no GPU"
     if options.hessian is not None:
         line += ", two to three times that with the Hessian"
     return line

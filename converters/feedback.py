@@ -37,6 +37,8 @@ from numpy.typing import NDArray
 from ccq_format import layouts
 from ccq_format.errors import ImportanceError
 
+from .encode import encode_blocks
+
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
@@ -192,10 +194,13 @@ def _rounded(x: F64, axis: int) -> F64:
     return rounded
 
 
-def encode_with_feedback(x: F32, factors: Factors, threads: int = 0, effort: str = "default") -> NDArray[np.uint8]:
+def encode_with_feedback(
+    x: F32, factors: Factors, threads: int = 0, effort: str = "default", device: str = "cpu"
+) -> NDArray[np.uint8]:
     """Encode float32 ``[rows, n]`` (finite) to uint8 ``[rows, row_bytes]`` of the type of ``factors``.
 
-    ``threads`` <= 0 means one per CPU.  The same bytes for any split of the rows and any number of threads.
+    ``threads`` <= 0 means one per CPU.  The same bytes for any split of the rows, any number of threads and either
+    ``device``: blocks are encoded there, errors spread here, in float64.
     """
     import ccq_backend  # plain conversions need no compiled kernels
 
@@ -213,14 +218,8 @@ def encode_with_feedback(x: F32, factors: Factors, threads: int = 0, effort: str
             weights = (own * weights).astype(np.float32)
         if factors.coupling is not None and factors.coupling[start // size].any():
             coupling = factors.coupling[start // size][None]
-        codes = ccq_backend.encode(
-            layout,
-            block * factors.gain[start:stop],
-            importance=weights,
-            threads=threads,
-            effort=effort,
-            coupling=coupling,
-        )
+        raised = block * factors.gain[start:stop]
+        codes = encode_blocks(layout, raised, weights, threads, effort, device, coupling)
         out[:, start // size] = codes
         if stop == n:
             break

@@ -16,7 +16,7 @@ from ccq_format.errors import InputError
 from .imatrix import Importance
 from .options import QuantOptions
 
-_CHANGE_NOTHING = frozenset({"threads", "overwrite", "dry_run", "resume", "calibrate", "feedback", "force"})
+_CHANGE_NOTHING = frozenset({"threads", "device", "overwrite", "dry_run", "resume", "calibrate", "feedback", "force"})
 """Fields of ``QuantOptions`` that no byte of the output depends on."""
 
 _NAMES = {"overrides": "--tensor-type", "fallback": "--no-fallback"}

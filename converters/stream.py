@@ -13,7 +13,7 @@ from ccq_format.output import OutputFile, refuse_inputs
 
 from .console import format_bytes, progress_bar
 from .conversion import Conversion
-from .encode import encoded_rows
+from .encode_tensor import encoded_rows
 from .imatrix import Importance, provenance
 from .options import QuantOptions
 from .outliers import BlockErrors, Report

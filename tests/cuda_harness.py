@@ -7,6 +7,7 @@ import atexit
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from cffi import FFI
 
 from ccq_backend.cdef import declarations
@@ -49,6 +51,34 @@ def library() -> Path:
     folder = tempfile.TemporaryDirectory(prefix="ccq-cuda-")
     atexit.register(folder.cleanup)
     return build(Path(folder.name) / "emulated.so")
+
+
+SANITIZER = """
+import sys, pytest
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", sys.argv[2], sys.argv[1]]))
+"""
+
+
+def run_sanitized(folder: Path, test_file: str, tests: str) -> None:
+    """Run the tests of a file that ``-k tests`` selects with kernels that are compiled with both sanitizers."""
+    asan = subprocess.run(
+        [str(compiler()), "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    if not Path(asan).is_file():
+        pytest.skip("the compiler has no AddressSanitizer: install libasan, or name another in CXX")
+    built = build(folder / "sanitized.so", SANITIZED)
+    env = {
+        **os.environ,
+        "CCQ_TEST_EMULATOR": str(built),
+        "LD_PRELOAD": asan,
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)]),
+        "PYTHONMALLOC": "malloc",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", SANITIZER, test_file, tests], env=env, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
 class Device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -19,6 +18,7 @@ from ccq_converters.hf2gguf import convert
 from ccq_converters.options import QuantOptions
 from ccq_format.gguf_io import open_model
 
+from .cli_common import unnamed
 from .test_collect import EXAMPLE
 from .test_converters_cli import gaussian, write_gguf
 
@@ -189,15 +189,6 @@ def test_a_resumed_conversion_does_not_calibrate_again(
     (folder / ".o.gguf.calibration").write_bytes(data[: len(data) // 2])
     assert "Note: calibrated" in ok(*command, "--overwrite")
     assert (folder / "o.gguf").read_bytes() == (folder / "whole.gguf").read_bytes()
-
-
-def unnamed(folder: Path) -> int:
-    """How many open files of this process were removed from a folder, or never had a name in it."""
-    found = 0
-    for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            found += os.readlink(link).startswith(f"{folder}/#")
-    return found
 
 
 def test_an_interrupt_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

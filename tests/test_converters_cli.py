@@ -21,7 +21,7 @@ from ccq_converters.target_types import STOCK_TYPES
 from ccq_format import codec, layouts
 from ccq_format.gguf_io import ModelWriter, open_model
 
-from .cli_common import without_advice, without_calibration
+from .cli_common import unnamed, without_advice, without_calibration
 
 RNG_SEED = 7
 CCQ = [layout.name for layout in layouts.LAYOUTS]
@@ -308,7 +308,7 @@ def test_interrupt_leaves_no_file(tmp_path: Path) -> None:
     )
     try:
         deadline = time.monotonic() + 60
-        while not any(out.iterdir()):
+        while not unnamed(out, child.pid):
             assert child.poll() is None, "encoding ended before it was interrupted"
             assert time.monotonic() < deadline, "encoding never started"
             time.sleep(0.02)

@@ -3,10 +3,7 @@ bound of backend/cpu/ACTIVATIONS.md."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -233,12 +230,6 @@ def test_all_kernels_on_little(device: Device, layout: Layout) -> None:
         check_product(layout, b, x[[0, 0, 1]], got[[0, 1, 3]])
 
 
-SANITIZER = """
-import sys, pytest
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", sys.argv[2], sys.argv[1]]))
-"""
-
-
 @pytest.mark.parametrize(
     "tests",
     [
@@ -248,24 +239,7 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", sys.argv[2], s
 )
 def test_with_sanitizers(tmp_path: Path, tests: str) -> None:
     """The same under AddressSanitizer and UndefinedBehaviorSanitizer; arrays end where a device's words do."""
-    asan = subprocess.run(
-        [str(cuda_harness.compiler()), "-print-file-name=libasan.so"], capture_output=True, text=True
-    ).stdout.strip()
-    if not Path(asan).is_file():
-        pytest.skip("the compiler has no AddressSanitizer: install libasan, or name another in CXX")
-    library = cuda_harness.build(tmp_path / "sanitized.so", cuda_harness.SANITIZED)
-    env = {
-        **os.environ,
-        "CCQ_TEST_EMULATOR": str(library),
-        "LD_PRELOAD": asan,
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)]),
-        "PYTHONMALLOC": "malloc",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", SANITIZER, __file__, tests], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    cuda_harness.run_sanitized(tmp_path, __file__, tests)
 
 
 def test_an_off_by_one_is_caught(tmp_path: Path) -> None:

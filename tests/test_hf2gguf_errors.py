@@ -279,10 +279,27 @@ def test_index_lists_too_little(copy: Callable[[str], Path]) -> None:
     assert fails(folder, "is not listed in").tensor == name
 
 
-def test_index_leaves_the_folder(copy: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "../model/x.safetensors", "a/x", ".", "..", ""])
+def test_index_leaves_the_folder(copy: Callable[[str], Path], name: str) -> None:
     folder = copy("sharded")
-    edit_json(folder / INDEX, weight_map={"model.norm.weight": "../../etc/passwd"})
-    fails(folder, "outside of the model folder")
+    edit_json(folder / INDEX, weight_map={"model.norm.weight": name})
+    fails(folder, f"names a file outside of the model folder: '{name}'")
+
+
+def test_index_names_links(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    """A snapshot in the cache of huggingface_hub: every file is a link to a blob outside of its folder."""
+    folder = copy("sharded")
+    out, snapshot = tmp_path / "expected", tmp_path / "hub" / "snapshots" / "1"
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    convert(folder, out, QuantOptions("f32"), progress=False)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(folder.iterdir()):
+        blob = path.rename(tmp_path / "hub" / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / blob.name)
+    convert(snapshot, tmp_path / "out", QuantOptions("f32"), progress=False)
+    assert [(t.name, t.stored_rows(0, t.n_rows).tobytes()) for t in open_model(tmp_path / "out").tensors] == [
+        (t.name, t.stored_rows(0, t.n_rows).tobytes()) for t in open_model(out).tensors
+    ]
 
 
 def test_tensor_twice(copy: Callable[[str], Path]) -> None:

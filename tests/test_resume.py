@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import ccq_format
-from ccq_converters import encode, stream
+from ccq_converters import encode_tensor, stream
 from ccq_converters.cli import main
 from ccq_converters.hessian import HessianWriter
 from ccq_converters.imatrix import Entry, Importance, fill
@@ -106,12 +106,12 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     counter = Calls()
-    monkeypatch.setattr(encode, "encode_rows", counter.wrap(encode.encode_rows))
-    monkeypatch.setattr(encode, "encode_with_feedback", counter.wrap(encode.encode_with_feedback))
+    monkeypatch.setattr(encode_tensor, "encode_rows", counter.wrap(encode_tensor.encode_rows))
+    monkeypatch.setattr(encode_tensor, "encode_with_feedback", counter.wrap(encode_tensor.encode_with_feedback))
     # Steps of four rows.  The norm is copied, so it is no call; the fixture makes up for it by reading it as one.
     for name in ("_CHUNK_CCQ", "_CHUNK_PLAIN"):
-        monkeypatch.setattr(encode, name, 4 * 256)
-    monkeypatch.setattr(encode, "_ROWS_FEEDBACK", 4)
+        monkeypatch.setattr(encode_tensor, name, 4 * 256)
+    monkeypatch.setattr(encode_tensor, "_ROWS_FEEDBACK", {"cpu": 4})
     plain = stream.encoded_rows
 
     def encoded_rows(tensor: Any, *more: Any) -> Iterator[Any]:
@@ -256,8 +256,8 @@ def test_with_importance_and_feedback(source: Path, folder: Path, calls: Calls, 
 
 
 def test_a_model_folder(folder: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_CHUNK_CCQ", 1 << 20)
-    monkeypatch.setattr(encode, "_CHUNK_PLAIN", 1 << 20)
+    monkeypatch.setattr(encode_tensor, "_CHUNK_CCQ", 1 << 20)
+    monkeypatch.setattr(encode_tensor, "_CHUNK_PLAIN", 1 << 20)
     options = ["--type", "ccq_t2", "--effort", "fast"]
     assert run("hf2gguf", EXAMPLE, "-o", folder / "whole.gguf", *options).exit_code == 0
     all_calls, arguments = calls.count, ["hf2gguf", EXAMPLE, "-o", folder / "o.gguf", *options, "--resume"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from .arguments import EFFORTS
 from .kernels import (
-    EFFORTS,
     act_bytes,
     decode,
     encode,

@@ -13,17 +13,10 @@ import numpy.typing as npt
 from ccq_format import errors, layouts
 
 from ._ccq import ffi, lib
-from .arguments import layout_of, row_weights
+from .arguments import EncoderArrays, effort_number, layout_of, matrix, row_weights
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
-
-EFFORTS: dict[str, int] = {
-    "fast": lib.CCQ_EFFORT_FAST,
-    "default": lib.CCQ_EFFORT_DEFAULT,
-    "best": lib.CCQ_EFFORT_BEST,
-}
-"""How far the encoder searches, by name."""
 
 _ERRORS: dict[int, type[errors.CcqError]] = {
     lib.CCQ_ERR_ROW_LENGTH: errors.ShapeError,
@@ -47,16 +40,9 @@ def _pointer(array: npt.NDArray[Any], ctype: str) -> Any:
     return ffi.cast(ctype, ffi.from_buffer(array))
 
 
-def _matrix(array: npt.ArrayLike, dtype: npt.DTypeLike, what: str) -> npt.NDArray[Any]:
-    a: npt.NDArray[Any] = np.ascontiguousarray(array, dtype=dtype)
-    if a.ndim != 2:
-        raise errors.ShapeError(f"{what} must have two dimensions, not {a.ndim}")
-    return a
-
-
 def _blocks(layout: layouts.Layout, blocks: npt.ArrayLike) -> tuple[U8, int]:
     """Blocks as a contiguous u8 [rows, row_bytes] and the weights of a row."""
-    b = _matrix(blocks, np.uint8, "blocks")
+    b = matrix(blocks, np.uint8, "blocks")
     return b, row_weights(layout, b.shape[1])
 
 
@@ -102,36 +88,21 @@ def encode(
     Raises ``ShapeError``, ``WeightsError``, ``ImportanceError``, ``BackendError``.
     """
     layout = layout_of(type)
-    w = _matrix(weights, np.float32, "weights")
+    arrays = EncoderArrays.of(layout, weights, importance, coupling)
+    w = arrays.weights
     rows, cols = w.shape
-    try:
-        out = np.empty((rows, layout.row_bytes(cols)), np.uint8)
-    except ValueError as e:
-        raise errors.ShapeError(str(e)) from None
-    if effort not in EFFORTS:
-        raise errors.BackendError(f"'{effort}' is no effort; there are {', '.join(EFFORTS)}")
-    params = ffi.new("ccq_encode_params *", {"n_threads": threads, "effort": EFFORTS[effort]})
-    keep: list[npt.NDArray[np.float32]] = []  # the buffers behind the pointers in params
-    if importance is not None:
-        imp = np.ascontiguousarray(importance, np.float32)
-        if imp.shape not in ((cols,), (rows, cols)):
-            raise errors.ImportanceError(f"importance has shape {imp.shape}, weights have {w.shape}")
-        keep.append(imp)
-        params.importance = _pointer(imp, "const float *")
-        params.importance_stride = cols if imp.ndim == 2 else 0
+    out = np.empty((rows, layout.row_bytes(cols)), np.uint8)
+    params = ffi.new("ccq_encode_params *", {"n_threads": threads, "effort": effort_number(effort)})
+    if arrays.importance is not None:
+        params.importance = _pointer(arrays.importance, "const float *")
+        params.importance_stride = arrays.importance_stride
+    if arrays.coupling is not None:
+        params.coupling = _pointer(arrays.coupling, "const float *")
     if scales is not None:
         s = np.ascontiguousarray(scales, np.float32)
         if s.shape != (rows, cols // layout.block_weights):
             raise errors.ShapeError(f"scales have shape {s.shape}, not {(rows, cols // layout.block_weights)}")
-        keep.append(s)
         params.scales = _pointer(s, "const float *")
-    if coupling is not None:
-        u = np.ascontiguousarray(coupling, np.float32)
-        size = layout.block_weights
-        if u.shape != (cols // size, size, size):
-            raise errors.ShapeError(f"coupling has shape {u.shape}, not {(cols // size, size, size)}")
-        keep.append(u)
-        params.coupling = _pointer(u, "const float *")
     _check(lib.ccq_encode(layout.gguf_id, _pointer(w, "const float *"), rows, cols, params, _pointer(out, "void *")))
     return out
 
@@ -164,7 +135,7 @@ def quantize_activations(x: npt.ArrayLike) -> U8:
 
     Raises ``ShapeError``, ``BackendError``.
     """
-    a = _matrix(x, np.float32, "activations")
+    a = matrix(x, np.float32, "activations")
     rows, cols = a.shape
     if cols % layouts.GROUP:
         raise errors.ShapeError(f"row length {cols} is no multiple of {layouts.GROUP}")
@@ -179,7 +150,7 @@ def quantize_activations(x: npt.ArrayLike) -> U8:
 
 
 def _activations(act: npt.ArrayLike, cols: int) -> U8:
-    a = _matrix(act, np.uint8, "activations")
+    a = matrix(act, np.uint8, "activations")
     if a.shape[1] != act_bytes(cols):
         raise errors.ShapeError(f"activations have {a.shape[1]} bytes per row, which does not fit {cols} weights")
     if a.ctypes.data % 64:

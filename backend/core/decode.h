@@ -24,6 +24,11 @@
 #define CCQ_UNROLL
 #endif
 
+/* Before loops that are too long for that. */
+#ifndef CCQ_UNROLL_LITTLE
+#define CCQ_UNROLL_LITTLE
+#endif
+
 /* Position of a type in tables; the order of CCQ_TYPES, T types first. */
 enum {
 #define X(STEM, stem, id, weights, bytes) CCQ_INDEX_##STEM,

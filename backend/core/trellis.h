@@ -101,8 +101,10 @@ CCQ_CORE double ccq_mantissa(double value, int * exponent) {
  * stay well above the rounding. */
 CCQ_CORE double ccq_mean_importance(const float * w, int steps) {
     double mean = INFINITY;
+    CCQ_UNROLL_LITTLE
     for (int round = 0; round < 4; round++) {
         double sum = 0;
+        CCQ_UNROLL_LITTLE
         for (int t = 0; t < steps; t++) { sum += (double)w[t] < 16 * mean ? (double)w[t] : 16 * mean; }
         mean = sum / steps;
     }
@@ -127,10 +129,12 @@ CCQ_CORE double ccq_error_term(float x, float w, float scale, int32_t level) {
 /* A row of a coupling as integers in units of 2^(shift - 15); returns the shift. */
 CCQ_CORE int32_t ccq_coupling_row(const float * row, int steps, int16_t * out) {
     float top = 0;
+    CCQ_UNROLL_LITTLE
     for (int j = 0; j < steps; j++) { top = fabsf(row[j]) > top ? fabsf(row[j]) : top; }
     int shift = 0;
     while (shift < 14 && top > 0.999f * (float)(1 << shift)) { shift++; }
     const float unit = 32768.0f / (float)(1 << shift);
+    CCQ_UNROLL_LITTLE
     for (int j = 0; j < steps; j++) { out[j] = ccq_nearest(row[j] * unit, 32767.0f); }
     return shift;
 }

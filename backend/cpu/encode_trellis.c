@@ -81,6 +81,12 @@ int32_t ccq_trellis_scale_byte(float scale) {
 
 /* --- one block -------------------------------------------------------------------------------------------------- */
 
+typedef struct {
+    double error; /* INFINITY: none yet */
+    int32_t byte; /* its scale; < 0: none yet */
+    uint16_t window[CCQ_TRELLIS_STEPS];
+} way;
+
 /* The block under way: what every function below needs. */
 typedef struct {
     const ccq_kernels * kernels;
@@ -88,20 +94,19 @@ typedef struct {
     ccq_coupled * coupled;
     const float * coupling; /* NULL: errors are independent */
     const float * x;
-    const float * w;                     /* NULL: all ones */
-    const int16_t * factor;              /* ccq_step_cost's; NULL: all CCQ_FACTOR_ONE */
-    float unit[CCQ_TRELLIS_STEPS];       /* of its x, by the factors, */
-    float bound[CCQ_TRELLIS_STEPS];      /* and the bound on that */
-    int16_t units[CCQ_TRELLIS_STEPS];    /* ccq_step_cost's x for the pass under way */
-    double cost[CCQ_SCALE_BYTES];        /* of the open pass, by scale byte; < 0: not run */
-    int32_t seam_state[CCQ_SCALE_BYTES]; /* what that pass found at the seam */
-    uint16_t window[CCQ_TRELLIS_STEPS];  /* the way traced last */
-    double best_error;                   /* of best_window at best_byte; INFINITY: none yet */
-    int32_t best_byte;                   /* < 0: none yet */
-    uint16_t best_window[CCQ_TRELLIS_STEPS];
-    double aside_error; /* the same, set aside */
-    int32_t aside_byte;
-    uint16_t aside_window[CCQ_TRELLIS_STEPS];
+    const float * w;                    /* NULL: all ones */
+    const int16_t * factor;             /* ccq_step_cost's; NULL: all CCQ_FACTOR_ONE */
+    float unit[CCQ_TRELLIS_STEPS];      /* of its x, by the factors, */
+    float bound[CCQ_TRELLIS_STEPS];     /* and the bound on that */
+    int16_t units[CCQ_TRELLIS_STEPS];   /* ccq_step_cost's x for the pass under way */
+    uint16_t window[CCQ_TRELLIS_STEPS]; /* the way traced last */
+    /* What search.h says. */
+    ccq_search_plan how;
+    double place;
+    int32_t phase, wanted, byte, seam, state, found, low, high, top, from, trial, last, n, i;
+    double error, cost[CCQ_SCALE_BYTES];
+    int32_t seam_state[CCQ_SCALE_BYTES];
+    way best, aside;
 } search;
 
 static int32_t states_before(const search * s, int step) {
@@ -183,10 +188,10 @@ static double open_pass(search * s, int32_t byte, int seam, int32_t * state) {
 }
 
 static void keep(search * s, int32_t byte, double error) {
-    if (error < s->best_error) {
-        s->best_error = error;
-        s->best_byte = byte;
-        memcpy(s->best_window, s->window, sizeof s->window);
+    if (error < s->best.error) {
+        s->best.error = error;
+        s->best.byte = byte;
+        memcpy(s->best.window, s->window, sizeof s->window);
     }
 }
 
@@ -198,8 +203,6 @@ static void closed_pass(search * s, int32_t byte, int seam, int32_t state) {
     run_pass(s, byte, seam);
     if (trace(s, seam, state) == state) { keep(s, byte, way_error(s, ccq_t_scale((uint8_t)byte))); }
 }
-
-static void open_scale(search * s, int32_t byte) { s->cost[byte] = open_pass(s, byte, 0, &s->seam_state[byte]); }
 
 /* Whether the weights are levels of this scale, all of them. */
 static int are_levels(const search * s, float scale) {
@@ -213,22 +216,22 @@ static int are_levels(const search * s, float scale) {
 /* The scale is given: only the seam is searched.  Weights that may be a decoded block find it again: all steps get a
  * factor at which an error of one level costs something, and the seam is looked for at several places, since one open
  * pass may end on another way without error. */
-static void search_given(search * s, int32_t byte, ccq_search_plan how) {
+static void search_given(search * s, int32_t byte) {
     if (are_levels(s, ccq_t_scale((uint8_t)byte))) {
         int16_t sharp[CCQ_TRELLIS_STEPS];
         for (int t = 0; t < CCQ_TRELLIS_STEPS; t++) { sharp[t] = 2 * CCQ_FACTOR_SCALED; }
         const int16_t * factor = s->factor;
         set_factor(s, sharp);
-        for (int seam = 0; seam < s->trellis->steps && s->best_error > 0; seam += s->trellis->steps / 8) {
+        for (int seam = 0; seam < s->trellis->steps && s->best.error > 0; seam += s->trellis->steps / 8) {
             int32_t state;
             if (open_pass(s, byte, seam, &state) > 0) { break; }
             closed_pass(s, byte, seam, state);
         }
         set_factor(s, factor);
     }
-    for (int i = 0; i < how.given && s->best_error > 0; i++) {
+    for (int i = 0; i < s->how.given && s->best.error > 0; i++) {
         int32_t state;
-        if (!(open_pass(s, byte, ccq_seam(s->trellis->steps, i), &state) < s->best_error)) { break; }
+        if (!(open_pass(s, byte, ccq_seam(s->trellis->steps, i), &state) < s->best.error)) { break; }
         closed_pass(s, byte, ccq_seam(s->trellis->steps, i), state);
     }
 }
@@ -275,27 +278,29 @@ static void coupled_pass(search * s, int32_t byte, int32_t state, int32_t surviv
     if (state_at(s, s->window, 0) == state) { keep(s, byte, coupled_error(s, s->window, scale)); }
 }
 
-static void set_aside(search * s) {
-    s->aside_error = s->best_error;
-    s->aside_byte = s->best_byte;
-    memcpy(s->aside_window, s->best_window, sizeof s->best_window);
-    s->best_error = INFINITY;
-    s->best_byte = -1;
-}
-
-static void take_up(search * s, int32_t survivors) {
-    const int32_t byte = s->best_byte;
-    memcpy(s->window, s->best_window, sizeof s->window);
-    s->best_error = s->aside_error;
-    s->best_byte = s->aside_byte;
-    memcpy(s->best_window, s->aside_window, sizeof s->best_window);
-    if (byte < 0) { return; }
-    const int32_t state = state_at(s, s->window, 0);
-    keep(s, byte, coupled_error(s, s->window, ccq_t_scale((uint8_t)byte)));
-    coupled_pass(s, byte, state, survivors);
-}
+/* --- the search ------------------------------------------------------------------------------------------------- */
 
 #include "../core/search.h"
+
+static void run_search(search * s, int32_t phase) {
+    s->phase = phase;
+    while (next_pass(s, s->trellis->steps, s->coupling != NULL)) {
+        switch (s->wanted) {
+        case WANTED_OPEN:
+            s->error = open_pass(s, s->byte, s->seam, &s->found);
+            if (s->seam == 0) {
+                s->cost[s->byte] = s->error;
+                s->seam_state[s->byte] = s->found;
+            }
+            break;
+        case WANTED_CLOSED: closed_pass(s, s->byte, s->seam, s->state); break;
+        case WANTED_COUPLED: coupled_pass(s, s->byte, s->state, s->how.keep); break;
+        default:
+            keep(s, s->byte, coupled_error(s, s->window, ccq_t_scale((uint8_t)s->byte)));
+            s->found = state_at(s, s->window, 0);
+        }
+    }
+}
 
 static double likely_scale(const search * s) {
     const int rate = s->trellis->stride[0] + s->trellis->stride[1] - 2;
@@ -316,7 +321,7 @@ static void write_codes(const search * s, uint8_t * codes) {
     int at = 0;
     for (int t = 0; t < s->trellis->steps; t++) {
         for (int i = 0; i < s->trellis->stride[t & 1]; i++, at++) {
-            codes[at >> 3] |= (uint8_t)((s->best_window[t] >> i & 1) << (at & 7));
+            codes[at >> 3] |= (uint8_t)((s->best.window[t] >> i & 1) << (at & 7));
         }
     }
 }
@@ -348,10 +353,11 @@ void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis
                 .trellis = trellis,
                 .coupled = coupled,
                 .coupling = coupling,
+                .how = ccq_plan_of(effort),
                 .x = values,
                 .w = weighted ? factors : NULL,
-                .best_error = INFINITY,
-                .best_byte = -1};
+                .best = {.error = INFINITY, .byte = -1},
+                .aside = {.error = INFINITY, .byte = -1}};
     for (int byte = 0; byte < CCQ_SCALE_BYTES; byte++) { s.cost[byte] = -1; }
     int16_t step_factors[CCQ_TRELLIS_STEPS];
     if (weighted) {
@@ -359,26 +365,20 @@ void ccq_encode_trellis_block(const ccq_kernels * kernels, ccq_trellis * trellis
         for (int t = 0; t < steps; t++) { step_factors[t] = ccq_step_factor(factors[t], mean); }
     }
     set_factor(&s, weighted ? step_factors : NULL);
-    const ccq_search_plan how = ccq_plan_of(effort);
     if (coupling != NULL) {
         power = coupled_error(&s, NULL, 0.0f);
         set_rows(coupled, coupling);
     }
     if (scale_byte < 0) {
-        const double place = likely_scale(&s);
-        if (coupling != NULL) {
-            search_coupled(&s, how, steps, place);
-        } else {
-            search_scale(&s, how, steps, place);
-        }
+        s.place = likely_scale(&s);
+        run_search(&s, coupling != NULL ? SEARCH_COUPLED : SEARCH_SCALE);
     } else {
-        if (coupling != NULL) { set_aside(&s); }
-        search_given(&s, scale_byte, how);
-        if (coupling != NULL) { take_up(&s, how.keep); }
+        search_given(&s, scale_byte);
+        if (coupling != NULL) { run_search(&s, SEARCH_TAKE_UP); }
     }
-    if (s.best_byte < 0) { return; }
+    if (s.best.byte < 0) { return; }
     /* Weights far below the smallest scale: zeros are nearer. */
-    if (scale_byte < 0 && !(s.best_error < power)) { return; }
-    block[0] = (uint8_t)s.best_byte;
+    if (scale_byte < 0 && !(s.best.error < power)) { return; }
+    block[0] = (uint8_t)s.best.byte;
     write_codes(&s, block + 1);
 }

@@ -7,11 +7,13 @@
 #ifdef CCQ_CUDA_EMULATED
 #include "emulator.h"
 #define CCQ_UNROLL
-#define CCQ_NOINLINE __attribute__((noinline))
+#define CCQ_UNROLL_LITTLE
+#define CCQ_ROLLED
 #else
 #include <cuda_runtime.h>
 #define CCQ_UNROLL _Pragma("unroll")
-#define CCQ_NOINLINE __noinline__
+#define CCQ_UNROLL_LITTLE _Pragma("unroll 4")
+#define CCQ_ROLLED _Pragma("unroll 1")
 #endif
 
 #define CCQ_CORE static __device__ __forceinline__
@@ -30,6 +32,12 @@ __device__ __forceinline__ uint16_t float_to_half(float f) {
     uint16_t h;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
     return h;
+}
+
+/* The same, but what is computed from it is computed where that is written: the compiler knows nothing of its value. */
+__device__ __forceinline__ int computed_anew(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
 }
 
 /* The least of a warp's values, to all of its lanes. */

@@ -7,9 +7,6 @@ namespace {
 
 using namespace ccq;
 
-/* Blocks of threads for each multiprocessor, where each block needs memory of its own. */
-enum { COUPLED_BLOCKS = 3 };
-
 /* Memory of a call: one allocation, whose parts begin at multiples of 256 bytes. */
 class layout_of_memory {
   public:

@@ -13,7 +13,8 @@ enum {
     ENCODE_THREADS = 256,
     ENCODE_WARPS = ENCODE_THREADS / 32,
     THREAD_WAYS = CCQ_TRELLIS_LEVELS / ENCODE_THREADS, /* ways of a step that a thread follows */
-    CHOICES = 8 * CCQ_MOST_SURVIVORS / ENCODE_THREADS  /* ways on from survivors that a thread follows at most */
+    CHOICES = 8 * CCQ_MOST_SURVIVORS / ENCODE_THREADS, /* ways on from survivors that a thread follows at most */
+    COUPLED_BLOCKS = 2                                 /* on a multiprocessor; each has memory of its own */
 };
 
 struct encode_job {
@@ -97,18 +98,22 @@ template <class CODE> struct alignas(16) search_memory {
     float x[STEPS], w[STEPS];
     int2 step[STEPS]; /* ccq_step_cost's x and factor, in the order of the pass's steps */
     int16_t factor[STEPS];
-    double cost[CCQ_SCALE_BYTES];
-    uint16_t seam_state[CCQ_SCALE_BYTES];
-    uint16_t window[STEPS]; /* the way traced last, and the state before the pass's first step on it */
-    int32_t traced;
     uint32_t part[4 * ENCODE_WARPS];
-    double error; /* of the way traced last */
-    double power; /* that of a block of zeros */
-    double place; /* ccq_likely_scale */
-    double best_error, aside_error;
-    int32_t best_byte, aside_byte;
-    uint16_t best_window[STEPS], aside_window[STEPS];
-    int32_t kept; /* whether the way traced last became the best */
+    double power;     /* the error of a block of zeros */
+    int32_t improved; /* whether the way found last became the best */
+    int32_t more;     /* whether there is another pass to be made */
+    uint16_t window[STEPS];
+    /* What search.h says. */
+    ccq_search_plan how;
+    double place;
+    int32_t phase, wanted, byte, seam, state, found, low, high, top, from, trial, last, n, i;
+    double error, cost[CCQ_SCALE_BYTES];
+    uint16_t seam_state[CCQ_SCALE_BYTES];
+    struct way {
+        double error;
+        int32_t byte;
+        uint16_t window[STEPS];
+    } best, aside;
 };
 
 /* What a search with coupled errors needs besides. */
@@ -165,9 +170,10 @@ template <class CODE, bool COUPLED> struct encoder {
     template <int BEFORE, int AFTER, bool REVERSED>
     static __device__ __forceinline__ void set_levels(int32_t (&level)[THREAD_WAYS]) {
         using mine = share<BEFORE, AFTER>;
+        const int thread = computed_anew((int)threadIdx.x); /* not to be kept in registers from pass to pass */
         CCQ_UNROLL
         for (int i = 0; i < THREAD_WAYS; i++) {
-            const int state = mine::state((int)threadIdx.x, i / mine::WAYS / mine::RUNS, i / mine::WAYS % mine::RUNS);
+            const int state = mine::state(thread, i / mine::WAYS / mine::RUNS, i / mine::WAYS % mine::RUNS);
             const uint32_t window = (uint32_t)(state << AFTER | i % mine::WAYS);
             level[i] = CODE::level(REVERSED ? reversed(window) : window);
         }
@@ -240,6 +246,7 @@ template <class CODE, bool COUPLED> struct encoder {
         set_levels<EVEN, ODD, REVERSED>(odd);
         constexpr int LAST_STATES = CCQ_TRELLIS_LEVELS >> ODD;
         uint32_t low = 0; /* least << 11 | state */
+        CCQ_ROLLED
         for (int i = 0; i < STEPS; i += 2) {
             if (REVERSED) { save_ahead(i, LAST_STATES); }
             advance<ODD, EVEN>(even, i, (int32_t)(low >> 11));
@@ -265,12 +272,12 @@ template <class CODE, bool COUPLED> struct encoder {
 
     /* Put the integers of this scale in place, step t at `at(t)`, and metrics: 0 for `start`, or for all if it is < 0.
      */
-    static __device__ __forceinline__ void prepare(int32_t byte, int first, int direction, int start) {
+    static __device__ __forceinline__ void prepare(int first, int direction, int start) {
         search & s = shared().s;
         const int t = (int)threadIdx.x;
         if (t < STEPS) {
             const int32_t factor = s.factor[t];
-            const float value = s.x[t] / ccq_t_scale((uint8_t)byte) * (float)ccq_value_unit(factor);
+            const float value = s.x[t] / ccq_t_scale((uint8_t)s.byte) * (float)ccq_value_unit(factor);
             int2 step;
             step.x = ccq_nearest(value, (float)ccq_value_bound(factor));
             step.y = factor;
@@ -292,67 +299,55 @@ template <class CODE, bool COUPLED> struct encoder {
     /* The sum of `sums[which]` from the first step to the last; by one thread. */
     static __device__ __forceinline__ double added(int which) {
         double sum = 0;
+        CCQ_UNROLL_LITTLE
         for (int t = 0; t < STEPS; t++) { sum += shared().s.sums[which][t]; }
         return sum;
     }
 
-    /* The way traced last becomes the block's if it closes and is the best so far; sums[0] has its errors' terms. */
-    static __device__ __forceinline__ void settle(int32_t byte, bool closes) {
+    /* The error of the way in `window`, from sums[0]; it becomes the best if it closes and is better.  The last thing
+     * in a pass: whoever is first here may go on. */
+    static __device__ __forceinline__ void settle(bool closes) {
         search & s = shared().s;
         __syncthreads();
         if (threadIdx.x == 0) {
             s.error = added(0);
-            s.kept = closes && s.error < s.best_error;
-            if (s.kept) {
-                s.best_error = s.error;
-                s.best_byte = byte;
+            s.improved = closes && s.error < s.best.error;
+            if (s.improved) {
+                s.best.error = s.error;
+                s.best.byte = s.byte;
             }
         }
         __syncthreads();
-        if (s.kept && (int)threadIdx.x < STEPS) { s.best_window[threadIdx.x] = s.window[threadIdx.x]; }
+        if (s.improved && (int)threadIdx.x < STEPS) { s.best.window[threadIdx.x] = s.window[threadIdx.x]; }
     }
 
-    /* The best way from `start` back to it, or from anywhere to anywhere if that is < 0; step `first` is the first. */
-    static __device__ CCQ_NOINLINE void pass(int32_t byte, int first, int start) {
+    /* An open or a closed pass. */
+    static __device__ __forceinline__ void plain_pass() {
         search & s = shared().s;
-        prepare(byte, first, 1, start);
+        const bool open = s.wanted == WANTED_OPEN;
+        const int first = !open ? s.seam : s.seam < STEPS / 2 ? s.seam + STEPS / 2 : s.seam - STEPS / 2;
+        prepare(first, 1, open ? -1 : s.state);
         const int end = run<false>();
         if (threadIdx.x == 0) {
-            int state = start < 0 ? end : start;
+            int state = open ? end : s.state;
+            CCQ_UNROLL_LITTLE
             for (int i = STEPS - 1; i >= 0; i -= 2) { /* `first` is even */
                 const int t = first + i < STEPS ? first + i : first + i - STEPS;
                 state = trace_step<EVEN, ODD>(i, t, state);
                 state = trace_step<ODD, EVEN>(i - 1, t - 1, state);
             }
-            s.traced = state;
+            s.found = open ? s.window[s.seam] & (states_before(s.seam) - 1) : state;
         }
         __syncthreads();
-        const bool closes = s.traced == start;
         const int t = (int)threadIdx.x;
         if (t < STEPS) {
-            s.sums[0][t] = ccq_error_term(s.x[t], s.w[t], ccq_t_scale((uint8_t)byte), CODE::level(s.window[t]));
+            s.sums[0][t] = ccq_error_term(s.x[t], s.w[t], ccq_t_scale((uint8_t)s.byte), CODE::level(s.window[t]));
         }
-        settle(byte, closes);
-    }
-
-    static __device__ __forceinline__ double open_pass(search * s, int32_t byte, int seam, int32_t * state) {
-        pass(byte, seam < STEPS / 2 ? seam + STEPS / 2 : seam - STEPS / 2, -1);
-        *state = s->window[seam] & (states_before(seam) - 1);
-        return s->error;
-    }
-
-    static __device__ __forceinline__ void open_scale(search * s, int32_t byte) {
-        int32_t state;
-        const double cost = open_pass(s, byte, 0, &state);
-        if (threadIdx.x == 0) {
-            s->cost[byte] = cost;
-            s->seam_state[byte] = (uint16_t)state;
+        settle(!open && s.found == s.state);
+        if (open && s.seam == 0 && threadIdx.x == 0) {
+            s.cost[s.byte] = s.error;
+            s.seam_state[s.byte] = (uint16_t)s.found;
         }
-        __syncthreads();
-    }
-
-    static __device__ __forceinline__ void closed_pass(search *, int32_t byte, int seam, int32_t state) {
-        pass(byte, seam, state);
     }
 
     /* --- coupled errors --- */
@@ -367,6 +362,7 @@ template <class CODE, bool COUPLED> struct encoder {
         __syncthreads();
         if (t < STEPS) {
             double owed = 0;
+            CCQ_UNROLL_LITTLE
             for (int i = 0; i < t; i++) { owed += s.sums[1][i] * (double)shared().coupling[i * STEPS + t]; }
             const double remaining = s.sums[1][t] + owed;
             s.sums[0][t] = (double)s.w[t] * remaining * remaining;
@@ -504,13 +500,13 @@ template <class CODE, bool COUPLED> struct encoder {
         __syncthreads();
     }
 
-    static __device__ CCQ_NOINLINE void coupled(int32_t byte, int32_t state, int32_t keep) {
+    static __device__ __forceinline__ void coupled_pass() {
         search & s = shared().s;
         more & c = shared().c;
-        const float scale = ccq_t_scale((uint8_t)byte);
+        const float scale = ccq_t_scale((uint8_t)s.byte);
         const int t = (int)threadIdx.x;
-        const uint32_t start = reversed((uint32_t)state) >> ODD;
-        prepare(byte, 0, -1, (int)start);
+        const uint32_t start = reversed((uint32_t)s.state) >> ODD;
+        prepare(0, -1, (int)start);
         (void)run<true>();
         if (t < STEPS) {
             const int16_t target = ccq_nearest(s.x[t] / scale * (float)CCQ_FACTOR_ONE, 32767.0f);
@@ -525,18 +521,21 @@ template <class CODE, bool COUPLED> struct encoder {
         __syncthreads();
         int n = 1;
         int32_t distance = CCQ_METRIC_MAX;
+        CCQ_ROLLED
         for (int i = 0; i < STEPS; i++) {
-            n = extend(i, n, keep, &distance);
+            n = extend(i, n, s.how.keep, &distance);
             if (i + 1 < STEPS) { move(i, n); }
         }
         if (t == 0) {
             int best = 0;
             for (int i = 1; i < n; i++) { best = c.metric[0][i] < c.metric[0][best] ? i : best; }
+            CCQ_UNROLL_LITTLE
             for (int i = STEPS - 1; i >= 0; i--) {
                 s.window[i] = s.back[i][best] & 7;
                 best = s.back[i][best] >> 3;
             }
             uint32_t from = start;
+            CCQ_UNROLL_LITTLE
             for (int i = 0; i < STEPS; i++) {
                 const uint32_t window = from << stride(i + 1) | s.window[i];
                 s.window[i] = (uint16_t)reversed(window);
@@ -545,46 +544,15 @@ template <class CODE, bool COUPLED> struct encoder {
         }
         __syncthreads();
         coupled_terms(s.window, scale);
-        settle(byte, (s.window[0] & (states_before(0) - 1)) == state);
+        settle((s.window[0] & (states_before(0) - 1)) == s.state);
     }
 
-    static __device__ __forceinline__ void coupled_pass(search *, int32_t byte, int32_t state, int32_t survivors) {
-        if constexpr (COUPLED) { coupled(byte, state, survivors); }
-    }
-
-    /* Exchange the best way for none, */
-    static __device__ __forceinline__ void set_aside(search * s) {
-        __syncthreads();
-        if ((int)threadIdx.x < STEPS) { s->aside_window[threadIdx.x] = s->best_window[threadIdx.x]; }
-        if (threadIdx.x == 0) {
-            s->aside_error = s->best_error;
-            s->aside_byte = s->best_byte;
-            s->best_error = INFINITY;
-            s->best_byte = -1;
-        }
-        __syncthreads();
-    }
-
-    /* and back; what was found meanwhile is compared with it, and is what a coupled pass goes on from. */
-    static __device__ __forceinline__ void take_up(search * s, int32_t survivors) {
-        if constexpr (COUPLED) {
-            __syncthreads();
-            const int32_t byte = s->best_byte;
-            if ((int)threadIdx.x < STEPS) {
-                s->window[threadIdx.x] = s->best_window[threadIdx.x];
-                s->best_window[threadIdx.x] = s->aside_window[threadIdx.x];
-            }
-            __syncthreads();
-            if (threadIdx.x == 0) {
-                s->best_error = s->aside_error;
-                s->best_byte = s->aside_byte;
-            }
-            if (byte < 0) { return; }
-            coupled_terms(s->window, ccq_t_scale((uint8_t)byte));
-            const int32_t state = s->window[0] & (states_before(0) - 1);
-            settle(byte, true);
-            coupled(byte, state, survivors);
-        }
+    /* The cycle in `window` where errors are coupled. */
+    static __device__ __forceinline__ void reckon() {
+        search & s = shared().s;
+        coupled_terms(s.window, ccq_t_scale((uint8_t)s.byte));
+        if (threadIdx.x == 0) { s.found = s.window[0] & (states_before(0) - 1); }
+        settle(true);
     }
 
 #include "../core/search.h"
@@ -608,8 +576,10 @@ template <class CODE, bool COUPLED> struct encoder {
         if (refused != 0) { atomicOr(job.refused, refused); }
         for (int i = t; i < CCQ_SCALE_BYTES; i += ENCODE_THREADS) { s.cost[i] = -1; }
         if (t == 0) {
-            s.best_error = INFINITY;
-            s.best_byte = -1;
+            s.best.error = INFINITY;
+            s.best.byte = -1;
+            s.phase = COUPLED ? SEARCH_COUPLED : SEARCH_SCALE;
+            s.how = ccq_plan_of(job.effort);
             if (COUPLED) {
                 shared().coupling = job.coupling + column * STEPS * STEPS;
                 shared().rows = job.rows + column * STEPS * STEPS;
@@ -659,28 +629,38 @@ template <class CODE, bool COUPLED> struct encoder {
         uint32_t bits = 0;
         for (int i = 0; i < 8; i++) {
             const int two = (8 * byte + i) / (EVEN + ODD), at = (8 * byte + i) % (EVEN + ODD), odd = at >= EVEN;
-            bits |= (shared().s.best_window[2 * two + odd] >> (at - odd * EVEN) & 1u) << i;
+            bits |= (shared().s.best.window[2 * two + odd] >> (at - odd * EVEN) & 1u) << i;
         }
         return bits;
     }
 
     static __device__ __forceinline__ void encode(const encode_job & job) {
         search & s = shared().s;
-        const ccq_search_plan how = ccq_plan_of(job.effort);
         for (int64_t block = blockIdx.x; block < job.n_blocks; block += gridDim.x) {
             const bool searched = begin(job, block);
-            if constexpr (COUPLED) {
-                if (searched) { search_coupled(&s, how, STEPS, s.place); }
-            } else {
-                if (searched) { search_scale(&s, how, STEPS, s.place); }
+            while (searched) {
+                if (threadIdx.x == 0) { s.more = next_pass(&s, STEPS, COUPLED); }
+                __syncthreads();
+                if (!s.more) { break; }
+                if constexpr (COUPLED) {
+                    if (s.wanted == WANTED_COUPLED) {
+                        coupled_pass();
+                    } else if (s.wanted == WANTED_RECKON) {
+                        reckon();
+                    } else {
+                        plain_pass();
+                    }
+                } else {
+                    plain_pass();
+                }
             }
             __syncthreads();
             /* Weights far below the smallest scale: zeros are nearer. */
-            const bool some = searched && s.best_byte >= 0 && s.best_error < s.power;
+            const bool some = searched && s.best.byte >= 0 && s.best.error < s.power;
             const int t = (int)threadIdx.x;
             if (t < CODE::BYTES) {
                 job.out[block * CODE::BYTES + t] = (uint8_t)(!some    ? 0
-                                                             : t == 0 ? (uint32_t)s.best_byte
+                                                             : t == 0 ? (uint32_t)s.best.byte
                                                                       : code_byte(t - 1));
             }
             __syncthreads();
@@ -688,12 +668,15 @@ template <class CODE, bool COUPLED> struct encoder {
     }
 };
 
-/* Blocks of threads that a multiprocessor shall hold, which limits a thread's registers. */
-template <class CODE> __global__ void __launch_bounds__(ENCODE_THREADS, 3) encode(const encode_job job) {
+/* Three blocks of threads, or two, shall fit a multiprocessor: a thread may have 80 registers, or 128 where strides
+ * alternate, and with them the levels that it keeps. */
+template <class CODE>
+__global__ void __launch_bounds__(ENCODE_THREADS, CODE::EVEN == CODE::ODD ? 3 : 2) encode(const encode_job job) {
     encoder<CODE, false>::encode(job);
 }
 
-template <class CODE> __global__ void __launch_bounds__(ENCODE_THREADS, 3) encode_coupled(const encode_job job) {
+template <class CODE>
+__global__ void __launch_bounds__(ENCODE_THREADS, COUPLED_BLOCKS) encode_coupled(const encode_job job) {
     encoder<CODE, true>::encode(job);
 }
 
@@ -704,6 +687,7 @@ __global__ void __launch_bounds__(CODE::STEPS)
     const int64_t row = (int64_t)blockIdx.x * CODE::STEPS + threadIdx.x;
     const float * from = coupling + row * CODE::STEPS;
     bool good = true;
+    CCQ_UNROLL_LITTLE
     for (int j = 0; j < CODE::STEPS; j++) {
         good = good && is_finite(from[j]) && (j > (int)threadIdx.x || from[j] == 0);
     }

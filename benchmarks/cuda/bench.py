@@ -1,8 +1,10 @@
 """Check the CUDA kernels against the CPU, then measure them; needs a GPU, torch and ``make cuda``.
 
 First every type's dequantize, vector and matrix products run on small matrices and are compared with the NumPy codec
-(bit for bit, or within the bound of backend/cpu/ACTIVATIONS.md).  Then per type: matrix-vector as a share of the memory
-bandwidth that a copy reaches in the same run, and both kinds of product beside torch's own in f16.
+(bit for bit, or within the bound of backend/cpu/ACTIVATIONS.md), and the encoder of the T types with the CPU's, byte
+for byte.  Then per type: matrix-vector as a share of the memory bandwidth that a copy reaches in the same run, and both
+kinds of product beside torch's own in f16; and weights encoded per second, copies to and from the GPU included, beside
+the CPU's encoder on all its threads.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "speed"))
 
 from random_models import random_blocks
 
+import ccq_backend
 from ccq_backend import cuda
 from ccq_format import codec, errors
 from ccq_format.layouts import GROUP, LAYOUTS, Layout
+
+T_LAYOUTS = [layout for layout in LAYOUTS if layout.code.couples]
 
 
 def check(torch: Any, layout: Layout) -> None:
@@ -43,6 +49,51 @@ def check(torch: Any, layout: Layout) -> None:
         bound = np.abs(x).astype(float) @ np.abs(weights).astype(float).T * (cols / GROUP + 8) * 2.0**-24
         if not (np.abs(got - exact) <= bound).all():
             raise click.ClickException(f"{layout.name}: products with {n} columns differ")
+
+
+def check_encoder(layout: Layout) -> None:
+    """Raise ``ClickException`` where the encoder's bytes differ from the CPU's, on more blocks than run at a time."""
+    rng = np.random.default_rng(3)
+    rows, cols = 256, 4 * layout.block_weights
+    x = rng.standard_t(4, (rows, cols)).astype(np.float32)
+    x[0] = 0
+    x[1] *= np.float32(1e-9)
+    x[2] *= np.float32(1e5)
+    heavy = np.exp(rng.normal(0, 2, (rows, cols))).astype(np.float32)
+    heavy[:, ::16] = 0
+    size = layout.block_weights
+    couplings = [
+        (np.triu(rng.standard_normal((4, size, size)), 1) * strength).astype(np.float32) for strength in (0.1, 2.0)
+    ]
+    for effort in ccq_backend.EFFORTS:
+        for importance in (None, heavy[0], heavy):
+            for coupling in (None, *couplings):
+                wanted = ccq_backend.encode(layout, x, importance, effort=effort, coupling=coupling)
+                if not np.array_equal(cuda.encode(layout, x, importance, effort, coupling), wanted):
+                    raise click.ClickException(f"{layout.name}: the encoder differs, effort {effort}")
+
+
+def encoder_speed(layout: Layout, effort: str, repeats: int = 3) -> dict[str, object]:
+    """Weights per second of both encoders, the GPU's median and one run of the CPU's on a part."""
+    x = np.random.default_rng(4).standard_normal((2048, 4096), dtype=np.float32)
+    coupling = np.zeros((4096 // layout.block_weights, layout.block_weights, layout.block_weights), np.float32)
+    coupling += np.triu(np.full(coupling.shape[1:], 0.05, np.float32), 1)
+
+    def speed(call: Callable[[], object], weights: int, times: int) -> float:
+        taken = []
+        for _ in range(times):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+        return weights / statistics.median(taken)
+
+    cuda.encode(layout, x[:64], None, effort)  # loads the kernel
+    cuda.encode(layout, x[:64], None, effort, coupling)
+    gpu = speed(lambda: cuda.encode(layout, x, None, effort), x.size, repeats)
+    coupled = speed(lambda: cuda.encode(layout, x, None, effort, coupling), x.size, repeats)
+    part = x[:64]
+    cpu = speed(lambda: ccq_backend.encode(layout, part, effort=effort), part.size, 1)
+    return {"type": layout.name, "effort": effort, "weights_per_s": gpu, "coupled_per_s": coupled, "to_cpu": gpu / cpu}
 
 
 def seconds(torch: Any, call: Callable[[], object], repeats: int) -> float:
@@ -76,7 +127,9 @@ def main(rows: int, cols: int, repeats: int, json_path: Path | None) -> None:
 
     for layout in LAYOUTS:
         check(torch, layout)
-    click.echo(f"{torch.cuda.get_device_name()}: all types agree with the codec")
+    for layout in T_LAYOUTS:
+        check_encoder(layout)
+    click.echo(f"{torch.cuda.get_device_name()}: all types agree with the codec, all encoders with the CPU's")
     source = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     bandwidth = 2 * source.numel() / seconds(torch, lambda: target.copy_(source), repeats)
@@ -101,8 +154,18 @@ def main(rows: int, cols: int, repeats: int, json_path: Path | None) -> None:
             }
         )
         click.echo("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v:10}" for k, v in records[-1].items()))
+    encoders = []
+    for layout in T_LAYOUTS:
+        for effort in ccq_backend.EFFORTS:
+            encoders.append(encoder_speed(layout, effort))
+            click.echo("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v:8}" for k, v in encoders[-1].items()))
     if json_path:
-        result = {"device": torch.cuda.get_device_name(), "copy_bytes_per_s": bandwidth, "types": records}
+        result = {
+            "device": torch.cuda.get_device_name(),
+            "copy_bytes_per_s": bandwidth,
+            "types": records,
+            "encoders": encoders,
+        }
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

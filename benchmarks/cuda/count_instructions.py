@@ -175,15 +175,21 @@ def our_name(kernel: str) -> tuple[str, str, int, int] | None:
 
 def rows(arch: str, cuobjdump: str, build: Path, trees: dict[str, Path | None]) -> Iterator[dict[str, object]]:
     """The table's rows for one architecture."""
-    bodies, used = compiled(ROOT / "backend" / "cuda" / "ccq_cuda.cu", arch, cuobjdump, build, ("-fmad=false",))
+    bodies: dict[str, list[Instruction]] = {}
+    used: dict[str, tuple[int, int]] = {}
+    for unit in ("ccq_cuda.cu", "encode.cu"):
+        some = compiled(ROOT / "backend" / "cuda" / unit, arch, cuobjdump, build, ("-fmad=false",))
+        bodies.update(some[0])
+        used.update(some[1])
     for kernel, body in bodies.items():
         registers, local = used[kernel]
         product = our_name(kernel)
         kind = re.match(r"_ZN3ccq\d+([a-z_]+)", kernel)
         row: dict[str, object] = {"arch": arch, "project": "ccq", "registers": registers, "local_bytes": local}
         if product is None:
-            yield row | {"kernel": kind[1] if kind else kernel, "type": "", "columns": "", "rows": "", "loop": "",
-                         "per_weight": "", "operations": ""}  # fmt: skip
+            code = re.search(r"\dcode_(t\d(?:_5)?)E", kernel)  # of an encoder
+            row |= {"kernel": kind[1] if kind else kernel, "type": f"CCQ_{code[1].upper()}" if code else ""}
+            yield row | dict.fromkeys(("columns", "rows", "loop", "per_weight", "operations"), "")
             continue
         name, type_name, columns, n_rows = product
         ops = main_loop(body)

@@ -135,6 +135,8 @@ inline int32_t __dp4a(int32_t a, int32_t b, int32_t c) {
 
 namespace ccq {
 
+inline int computed_anew(int value) { return value; }
+
 inline uint32_t warp_min(uint32_t value) {
     const auto all = emulator::exchange(&value, 1, 4);
     for (int i = 0; i < emulator::WARP; i++) { value = all[i][0] < value ? all[i][0] : value; }
