@@ -44,6 +44,13 @@ class Run:
         for worker in self._workers:
             self._idle.put(worker)
 
+    def recheck(self) -> None:
+        """Forget the faults of before that are mended."""
+        for fault, indices in list(self.faults.items()):
+            if self._ask(indices[0])["fault"] != fault:
+                click.echo(f"mended: {fault}")
+                del self.faults[fault]
+
     def go(self, count: int) -> None:
         """Judge inputs until ``count`` of the run are done."""
         with ThreadPoolExecutor(len(self._workers)) as pool:
@@ -143,6 +150,7 @@ def main(count: int, run: int, kinds: tuple[str, ...], workers: int, cases: int,
     session = Run(run, kinds, state, workers)
     first = session.next
     try:
+        session.recheck()
         session.go(count)
     finally:
         session.close()
