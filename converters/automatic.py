@@ -29,7 +29,7 @@ from .evaluate import read_text
 from .hessian import Hessians
 from .imatrix import Importance
 from .losses import measure_losses
-from .plan import STOCK_TYPES, Plan, QuantOptions, TensorSource, format_bytes, make_plan
+from .plan import STOCK_TYPES, Keep, Plan, QuantOptions, TensorSource, format_bytes, make_plan
 from .resume import job_of
 from .stream import lacks_data, progress_bar, write_model, write_planned
 
@@ -234,14 +234,11 @@ def runnable(conversion: Conversion, otherwise: str) -> Iterator[Path]:
             path.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _AsStored:
-    """A ``plan.Scheme`` that keeps the types that GGUF has, and f32 in half the size."""
-
-    types: dict[str, str]
+class _AsStored(Keep):
+    """Keeps the types that GGUF has, and f32 in half the size."""
 
     def matrix(self, name: str) -> tuple[str, str]:
-        """See ``Scheme``."""
+        """See ``plan.Scheme``."""
         stored = self.types[name]
         return (stored if stored in STOCK_TYPES and stored != "f32" else "bf16"), "as stored"
 
