@@ -34,6 +34,7 @@ from .imatrix import Importance
 from .losses import measure_losses
 from .options import QuantOptions
 from .plan import Plan, make_plan
+from .schemes import Keep
 from .resume import job_of
 from .stream import data_files, write_planned
 from .target_types import STOCK_TYPES
@@ -207,9 +208,10 @@ class _AsStored:
     """A ``schemes.Scheme`` that keeps the types that GGUF has, and f32 in half the size."""
 
     types: dict[str, str]
+from .schemes import Keep
 
     def matrix(self, name: str) -> tuple[str, str]:
-        """See ``Scheme``."""
+        """See ``plan.Scheme``."""
         stored = self.types[name]
         return (stored if stored in STOCK_TYPES and stored != "f32" else "bf16"), "as stored"
 
