@@ -104,9 +104,11 @@ void run_block(unsigned threads) {
     }
     block = barrier();
     block.alive = (int)threads;
-    for (unsigned left = threads; left > 0;) {
+    bool backwards = false; /* in turn: what depends on the order between two barriers is to show */
+    for (unsigned left = threads; left > 0; backwards = !backwards) {
         const uint64_t before = progress;
-        for (unsigned i = 0; i < threads; i++) {
+        for (unsigned n = 0; n < threads; n++) {
+            const unsigned i = backwards ? threads - 1 - n : n;
             if (fibres[i].done) { continue; }
             current = i;
             threadIdx.x = i;
