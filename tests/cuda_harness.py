@@ -25,7 +25,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "backend" / "cuda"
 EMULATOR = ROOT / "tests" / "cuda"
 
-FLAGS = ("-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-fPIC", "-shared", "-DCCQ_CUDA_EMULATED")
+FLAGS = (
+    "-std=c++17",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-shared",
+    "-DCCQ_CUDA_EMULATED",
+    "-U_FORTIFY_SOURCE",
+)
 UNITS = ("ccq_cuda.cu", "encode.cu")
 SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 OUT_TYPES: dict[str, tuple[int, Any]] = {"f32": (0, np.uint32), "f16": (1, np.uint16), "bf16": (2, np.uint16)}
