@@ -25,7 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "backend" / "cuda"
 EMULATOR = ROOT / "tests" / "cuda"
 
-FLAGS = ("-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-fPIC", "-shared", "-DCCQ_CUDA_EMULATED")
+FLAGS = (
+    "-std=c++17",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-shared",
+    "-DCCQ_CUDA_EMULATED",
+    "-U_FORTIFY_SOURCE",
+)
+UNITS = ("ccq_cuda.cu", "encode.cu")
 SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 OUT_TYPES: dict[str, tuple[int, Any]] = {"f32": (0, np.uint32), "f16": (1, np.uint16), "bf16": (2, np.uint16)}
 
@@ -35,9 +44,9 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
-def build(library: Path, flags: tuple[str, ...] = ("-O1",), cuda: Path = CUDA) -> Path:
-    """Compile the device code under ``cuda`` and the emulator to ``library``."""
-    sources = (str(cuda / "ccq_cuda.cu"), str(cuda / "encode.cu"), str(EMULATOR / "emulator.cpp"))
+def build(library: Path, flags: tuple[str, ...] = ("-O1",), cuda: Path = CUDA, units: tuple[str, ...] = UNITS) -> Path:
+    """Compile the device code under ``cuda``, all of it or some ``units``, and the emulator to ``library``."""
+    sources = (*(str(cuda / unit) for unit in units), str(EMULATOR / "emulator.cpp"))
     command = (str(compiler()), *FLAGS, *flags, f"-I{EMULATOR}", "-x", "c++", *sources, "-o", str(library))
     subprocess.run(command, check=True)
     return library
@@ -59,14 +68,14 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", sys.argv[2], s
 """
 
 
-def run_sanitized(folder: Path, test_file: str, tests: str) -> None:
+def run_sanitized(folder: Path, test_file: str, tests: str, units: tuple[str, ...]) -> None:
     """Run the tests of a file that ``-k tests`` selects with kernels that are compiled with both sanitizers."""
     asan = subprocess.run(
         [str(compiler()), "-print-file-name=libasan.so"], capture_output=True, text=True
     ).stdout.strip()
     if not Path(asan).is_file():
         pytest.skip("the compiler has no AddressSanitizer: install libasan, or name another in CXX")
-    built = build(folder / "sanitized.so", SANITIZED)
+    built = build(folder / "sanitized.so", SANITIZED, units=units)
     env = {
         **os.environ,
         "CCQ_TEST_EMULATOR": str(built),

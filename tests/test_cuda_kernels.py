@@ -239,7 +239,7 @@ def test_all_kernels_on_little(device: Device, layout: Layout) -> None:
 )
 def test_with_sanitizers(tmp_path: Path, tests: str) -> None:
     """The same under AddressSanitizer and UndefinedBehaviorSanitizer; arrays end where a device's words do."""
-    cuda_harness.run_sanitized(tmp_path, __file__, tests)
+    cuda_harness.run_sanitized(tmp_path, __file__, tests, ("ccq_cuda.cu",))
 
 
 def test_an_off_by_one_is_caught(tmp_path: Path) -> None:
@@ -254,6 +254,6 @@ def test_an_off_by_one_is_caught(tmp_path: Path) -> None:
     cuda = tmp_path / "cuda"
     shutil.copytree(cuda_harness.CUDA, cuda)
     (cuda / "kernels.h").write_text(source.replace(right, right.replace("p.n_groups;", "p.n_groups - 1;")))
-    wrong = Device(cuda_harness.build(tmp_path / "wrong.so", ("-O0",), cuda))
+    wrong = Device(cuda_harness.build(tmp_path / "wrong.so", ("-O0",), cuda, ("ccq_cuda.cu",)))
     with pytest.raises(AssertionError):
         check_product(layout, b, x, wrong.product("mat_vec", layout, b, x))

@@ -319,6 +319,7 @@ template <class CODE, bool COUPLED> struct encoder {
         }
         __syncthreads();
         if (s.improved && (int)threadIdx.x < STEPS) { s.best.window[threadIdx.x] = s.window[threadIdx.x]; }
+        __syncthreads(); /* next_pass copies it */
     }
 
     /* An open or a closed pass. */
@@ -344,7 +345,7 @@ template <class CODE, bool COUPLED> struct encoder {
             s.sums[0][t] = ccq_error_term(s.x[t], s.w[t], ccq_t_scale((uint8_t)s.byte), CODE::level(s.window[t]));
         }
         settle(!open && s.found == s.state);
-        if (open && s.seam == 0 && threadIdx.x == 0) {
+        if (threadIdx.x == 0 && open && s.seam == 0) {
             s.cost[s.byte] = s.error;
             s.seam_state[s.byte] = (uint16_t)s.found;
         }

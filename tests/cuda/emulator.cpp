@@ -1,5 +1,7 @@
 #include "emulator.h"
 
+#include <setjmp.h>
+
 dim3 threadIdx(0, 0, 0), blockIdx(0, 0, 0), gridDim(0, 0, 0);
 
 namespace emulator {
@@ -13,7 +15,9 @@ struct barrier {
 };
 
 struct fibre {
-    ucontext_t context;
+    ucontext_t context; /* where it begins, */
+    jmp_buf place;      /* and where it waits: jumps save no signal masks, two system calls each time */
+    bool begun = false;
     std::unique_ptr<char[]> stack;
     bool done = false;
     void * fake_stack = nullptr;
@@ -27,7 +31,7 @@ struct warp_state {
 fibre fibres[MAX_THREADS];
 warp_state warps[MAX_THREADS / WARP];
 barrier block;
-ucontext_t scheduler;
+jmp_buf scheduler;
 unsigned current;
 uint64_t progress;
 const std::function<void()> * running;
@@ -47,11 +51,7 @@ void back_to_scheduler([[maybe_unused]] bool last) {
     __sanitizer_start_switch_fiber(last ? nullptr : &fibres[current].fake_stack, scheduler_stack,
                                    scheduler_stack_bytes);
 #endif
-    if (last) {
-        setcontext(&scheduler);
-    } else {
-        swapcontext(&fibres[current].context, &scheduler);
-    }
+    if (last || _setjmp(fibres[current].place) == 0) { _longjmp(scheduler, 1); }
 #ifdef EMULATOR_ASAN
     __sanitizer_finish_switch_fiber(fibres[current].fake_stack, nullptr, nullptr);
 #endif
@@ -89,11 +89,26 @@ void start() {
     back_to_scheduler(true);
 }
 
+/* Let a fibre run until it waits or ends. */
+void resume(fibre & f) {
+#ifdef EMULATOR_ASAN
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack, f.stack.get(), STACK_BYTES);
+#endif
+    if (_setjmp(scheduler) == 0) {
+        if (f.begun) { _longjmp(f.place, 1); }
+        f.begun = true;
+        setcontext(&f.context);
+    }
+#ifdef EMULATOR_ASAN
+    __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
 void run_block(unsigned threads) {
     for (unsigned i = 0; i < threads; i++) {
         fibre & f = fibres[i];
         if (!f.stack) { f.stack.reset(new char[STACK_BYTES]); }
-        f.done = false;
+        f.done = f.begun = false;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.get();
         f.context.uc_stack.ss_size = STACK_BYTES;
@@ -104,19 +119,15 @@ void run_block(unsigned threads) {
     }
     block = barrier();
     block.alive = (int)threads;
-    for (unsigned left = threads; left > 0;) {
+    bool backwards = false; /* in turn: what depends on the order between two barriers is to show */
+    for (unsigned left = threads; left > 0; backwards = !backwards) {
         const uint64_t before = progress;
-        for (unsigned i = 0; i < threads; i++) {
+        for (unsigned n = 0; n < threads; n++) {
+            const unsigned i = backwards ? threads - 1 - n : n;
             if (fibres[i].done) { continue; }
             current = i;
             threadIdx.x = i;
-#ifdef EMULATOR_ASAN
-            __sanitizer_start_switch_fiber(&scheduler_fake_stack, fibres[i].stack.get(), STACK_BYTES);
-#endif
-            swapcontext(&scheduler, &fibres[i].context);
-#ifdef EMULATOR_ASAN
-            __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
-#endif
+            resume(fibres[i]);
             left -= fibres[i].done;
         }
         if (left > 0 && progress == before) { fail("threads wait for others that do not come"); }
