@@ -34,8 +34,8 @@ from .imatrix import Importance
 from .losses import measure_losses
 from .options import QuantOptions
 from .plan import Plan, make_plan
-from .schemes import Keep
 from .resume import job_of
+from .schemes import Keep
 from .stream import data_files, write_planned
 from .target_types import STOCK_TYPES
 from .tensors import TensorSource
@@ -204,14 +204,11 @@ def runnable(conversion: Conversion, otherwise: str) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class _AsStored:
-    """A ``schemes.Scheme`` that keeps the types that GGUF has, and f32 in half the size."""
-
-    types: dict[str, str]
-from .schemes import Keep
+class _AsStored(Keep):
+    """Keeps the types that GGUF has, and f32 in half the size."""
 
     def matrix(self, name: str) -> tuple[str, str]:
-        """See ``plan.Scheme``."""
+        """See ``schemes.Scheme``."""
         stored = self.types[name]
         return (stored if stored in STOCK_TYPES and stored != "f32" else "bf16"), "as stored"
 
