@@ -25,7 +25,7 @@ _CHUNK_CCQ = 1 << 16
 _CHUNK_GPU = 1 << 24
 """Weights per step of a GPU's encoder, which needs many at a time."""
 
-_ROWS_FEEDBACK = {"cpu": 512, "cuda": 2048}
+_ROWS_FEEDBACK, _ROWS_FEEDBACK_GPU = 512, 2048
 """Rows per step with error feedback, which encodes them one block of columns at a time."""
 
 _CHUNK_PLAIN = 1 << 22
@@ -103,7 +103,7 @@ def _rows_with_feedback(
     """``encoded_rows`` of a matrix, or a stack of them, that has a Hessian."""
     source = tensor.source
     per_matrix = source.rows // source.matrices
-    rows = _ROWS_FEEDBACK["cuda" if on_gpu(tensor.type, options.device) else "cpu"]
+    rows = _ROWS_FEEDBACK_GPU if on_gpu(tensor.type, options.device) else _ROWS_FEEDBACK
     for matrix in range(first // per_matrix, source.matrices):
         factors = _factors(tensor, hessians, matrix)
         end = (matrix + 1) * per_matrix

@@ -111,7 +111,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     # Steps of four rows.  The norm is copied, so it is no call; the fixture makes up for it by reading it as one.
     for name in ("_CHUNK_CCQ", "_CHUNK_PLAIN"):
         monkeypatch.setattr(encode_tensor, name, 4 * 256)
-    monkeypatch.setattr(encode_tensor, "_ROWS_FEEDBACK", {"cpu": 4})
+    monkeypatch.setattr(encode_tensor, "_ROWS_FEEDBACK", 4)
     plain = stream.encoded_rows
 
     def encoded_rows(tensor: Any, *more: Any) -> Iterator[Any]:
