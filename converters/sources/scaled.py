@@ -27,7 +27,7 @@ def fp8(settings: Settings, checkpoint: Checkpoint) -> Iterator[DecodedTensor]:
         raise settings.error(f"'weight_block_size' must be two sizes, it is {block!r}")
     for name, scale in named(checkpoint, "_scale_inv"):
         weight = companion(checkpoint, scale, name, ("F8_E4M3", "F8_E5M2"))
-        yield scaled_tensor(weight, scale, tuple(block) if block and prod(scale.shape) > 1 else None)
+        yield scaled_tensor(weight, scale, (block[0], block[1]) if block and prod(scale.shape) > 1 else None)
 
 
 def is_block(value: object) -> TypeGuard[list[int]]:
