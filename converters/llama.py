@@ -151,9 +151,9 @@ def stock_quantize(
 class LlamaModel:
     """A model with one context in llama.cpp; use it as a context manager.
 
-    ``n_ctx`` is the context length of each of ``n_seq`` parallel sequences.  All other settings are the defaults of
-    llama.cpp's command-line tools: KV cache f16, flash attention where supported.  ``exact`` sets KV cache f32 and
-    flash attention off instead.
+    ``n_ctx`` is the context length of each of ``n_seq`` parallel sequences; a model with recurrent states gets one.
+    All other settings are the defaults of llama.cpp's command-line tools: KV cache f16, flash attention where
+    supported.  ``exact`` sets KV cache f32 and flash attention off instead.
 
     ``watch``, if given, is the graph's evaluation callback: called with the address of each node and ``True``, it says
     whether to stop there; stopped, it is called with ``False``, the node and its sources being computed, and says
@@ -191,6 +191,10 @@ class LlamaModel:
         self._model = lib.llama_model_load_from_file(self.path.encode(), lib.llama_model_default_params())
         if not self._model:
             raise EvalError(f"llama.cpp refused the model: {'; '.join(_error_lines) or 'no reason given'}", file=path)
+        if lib.llama_model_is_hybrid(self._model) or lib.llama_model_is_recurrent(self._model):
+            # ggml 0.25 on a CPU with AMX mixes up states of sequences that are decoded together where their matrices
+            # are q8_0 or q4_0: logits of Qwen3.5 are off by 12, or NaN.
+            n_seq = 1
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
         params.n_seq_max = n_seq

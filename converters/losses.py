@@ -174,9 +174,15 @@ class _Probe:
 
     def _logits(self) -> list[F32]:
         """Logits of the scored tokens, a few at a time."""
-        self.run.model.clear()
-        logits = self.run.decode(self.windows, first=WINDOW // 2)[:: self.step]
-        return [logits[start : start + _ROWS] for start in range(0, len(logits), _ROWS)]
+        found: list[F32] = []
+        together = self.run.model.n_seq
+        for first in range(0, len(self.windows), together):
+            self.run.model.clear()
+            logits = self.run.decode(self.windows[first : first + together], first=WINDOW // 2)[:: self.step]
+            if together < len(self.windows):
+                logits = logits.copy()  # the next call overwrites them
+            found += [logits[start : start + _ROWS] for start in range(0, len(logits), _ROWS)]
+        return found
 
 
 class _Noise:

@@ -27,12 +27,13 @@ from ccq_converters.collect import calibrate_gguf
 from ccq_converters.dequantize import dequantize
 from ccq_converters.hessian import Hessians
 from ccq_converters.hf2gguf import convert
+from ccq_converters.losses import measure_losses
 from ccq_converters.options import QuantOptions
 from ccq_format.errors import EvalError, ImportanceError, ModelError, OutputError
 from ccq_format.gguf_io import open_model
 
 from .cli_common import unnamed
-from .upstream_diff.models import CASES, EXAMPLE, MOE, QWEN_MOE, Case, build
+from .upstream_diff.models import CASES, EXAMPLE, FAMILY_CASES, MOE, QWEN_MOE, Case, build
 
 DATA = Path(__file__).parent / "data"
 HELDOUT = EXAMPLE.parent / "heldout.txt"
@@ -170,6 +171,26 @@ def test_batches_do_not_matter(bundled: dict[str, Path], text: str, ctx: int, mo
     whole = calibrate_gguf(bundled["f32"], text, options)
     monkeypatch.setattr(collect, "BATCH", 48)
     assert_close(calibrate_gguf(bundled["f32"], text, options), whole, 1e-4)
+
+
+def test_models_with_states_run_one_window_at_a_time(bundled: dict[str, Path], tmp_path: Path) -> None:
+    """Together their windows' states would be mixed up on some CPUs (see ``LlamaModel``)."""
+    (case,) = (case for case in FAMILY_CASES if case.name == "qwen3-next")
+    build(case, tmp_path / "model")
+    path = tmp_path / "q8_0.gguf"
+    convert(tmp_path / "model", path, QuantOptions("q8_0"), progress=False)
+    for model_path, n_seq in ((path, 1), (bundled["f32"], 4)):
+        with llama.LlamaModel(model_path, n_ctx=16, n_seq=4, threads=1) as model:
+            assert model.n_seq == n_seq
+    tokens = np.random.default_rng(3).integers(3, 380, (4, 16))
+    options = CalibrationOptions(ctx=16, threads=1, exact=True)
+    whole = calibrate_gguf(path, tokens.reshape(-1).tolist(), options)
+    parts = [calibrate_gguf(path, window.tolist(), options) for window in tokens]
+    for name, entry in whole.entries.items():
+        sums = sum(part.entries[name].sums for part in parts if name in part.entries)
+        np.testing.assert_allclose(entry.sums, sums, rtol=1e-5)
+    measured = measure_losses(path, np.tile(tokens.reshape(-1), 8).tolist(), whole, threads=1, most=4)
+    assert all(loss >= 0 for loss in measured.losses.values())
 
 
 def test_the_bundled_text(bundled: dict[str, Path], tmp_path: Path) -> None:
