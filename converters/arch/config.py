@@ -68,6 +68,6 @@ def positive(value: object, key: str, default: float | None, config: Config) -> 
         if default is None:
             raise config.error(f"has no '{key}'")
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 3e38:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 2e-38 < value < 3e38:
         raise config.error(f"'{key}' must be a positive number, it is {value!r}")
     return float(value)

@@ -202,12 +202,16 @@ class Rope:
         if high <= low:
             raise self.config.error("'high_freq_factor' must be greater than 'low_freq_factor'")
         exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequency = np.float32(1) / np.power(np.float32(self.theta), exponent)
-        wavelength = np.float32(2 * math.pi) / frequency
-        smooth = (np.float32(original) / wavelength - np.float32(low)) / np.float32(high - low)
-        between = np.float32(1) / ((np.float32(1) - smooth) / factor + smooth)
-        factors = np.where(wavelength > original / low, factor, between)
-        return np.where(wavelength < original / high, np.float32(1), factors).astype(np.float32)
+        with np.errstate(all="ignore"):  # between is for some only
+            frequency = np.float32(1) / np.power(np.float32(self.theta), exponent)
+            wavelength = np.float32(2 * math.pi) / frequency
+            smooth = (np.float32(original) / wavelength - np.float32(low)) / np.float32(high - low)
+            between = np.float32(1) / ((np.float32(1) - smooth) / factor + smooth)
+            factors = np.where(wavelength > original / low, factor, between)
+            factors = np.where(wavelength < original / high, np.float32(1), factors).astype(np.float32)
+        if not (np.isfinite(factors) & (factors > 0)).all():
+            raise self.config.error("the parameters of llama3's RoPE are too large or too small to compute with")
+        return factors
 
 
 def _parameters(config: Config, default_theta: float, layer_type: str | None) -> dict[str, Any]:
