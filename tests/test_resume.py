@@ -424,7 +424,7 @@ def test_every_option_belongs_to_the_job_or_changes_no_byte(source: Path) -> Non
             changes = {"type": None, field.name: 10}
         if job_of(dataclasses.replace(options, **changes), [source]) == job:
             unchanged.add(field.name)
-    assert unchanged == {"threads", "overwrite", "dry_run", "resume", "calibrate", "feedback", "force"}
+    assert unchanged == {"threads", "device", "overwrite", "dry_run", "resume", "calibrate", "feedback", "force"}
 
 
 def test_the_sources_may_move_but_not_change(source: Path, tmp_path: Path) -> None:
