@@ -116,9 +116,14 @@ def test_debian_with_every_cpu_backend(debian: Path, models: Path, text: str, va
     """One backend at a time, as if it were the best one."""
     name, folder = variant
     command = in_debian(debian, models, (f"/{BACKENDS}", folder))
-    done = roots.run([*command, "/usr/bin/llama-completion", "-m", f"{roots.MODELS}/ccq_t2.gguf", *GREEDY])
+    for _ in range(5):
+        done = roots.run([*command, "/usr/bin/llama-completion", "-m", f"{roots.MODELS}/ccq_t2.gguf", *GREEDY])
+        assert done.returncode == 0, done.stdout[-3000:]
+        if PROMPT + text in done.stdout:
+            break
+        # Without a plugin, too, one run in 30 ends before the thread that prints has printed all.
+        assert (PROMPT + text).startswith(done.stdout[done.stdout.rfind(PROMPT) :].rstrip())
     print(f"Debian, {name}: {active(done.stdout)[0]}")
-    assert done.returncode == 0, done.stdout[-3000:]
     assert PROMPT + text in done.stdout
 
 
