@@ -121,8 +121,8 @@ def test_debian_with_every_cpu_backend(debian: Path, models: Path, text: str, va
         assert done.returncode == 0, done.stdout[-3000:]
         if PROMPT + text in done.stdout:
             break
-        # Without a plugin, too, one run in 30 ends before the thread that prints has printed all.
-        assert (PROMPT + text).startswith(done.stdout[done.stdout.rfind(PROMPT) :].rstrip())
+        # Without a plugin, too, one run in 30 ends before the thread that prints has printed all: within a character.
+        assert (PROMPT + text).startswith(done.stdout[done.stdout.rfind(PROMPT) :].rstrip("\ufffd \n"))
     print(f"Debian, {name}: {active(done.stdout)[0]}")
     assert PROMPT + text in done.stdout
 
