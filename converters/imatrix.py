@@ -260,7 +260,9 @@ def _usable(file: str, name: str, entry: Entry) -> Entry | None:
     # min and max propagate NaN and need no large temporary array.
     sums, counts = entry.sums.reshape(sets, -1), entry.counts
     low, high = sums.min(axis=1), sums.max(axis=1)
-    good = (high <= _HUGE * counts) & (low >= 0) & np.isfinite(counts) & (counts >= 0) & ((counts > 0) | (high == 0))
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        good = (high <= _HUGE * counts) & (low >= 0) & np.isfinite(counts) & (counts >= 0)
+    good &= (counts > 0) | (high == 0)
     if not (good & (counts > 0)).any():
         return None
     if gradients is not None and not (np.isfinite(gradients.max()) and gradients.min() >= 0):

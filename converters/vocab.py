@@ -139,7 +139,14 @@ def _in_front(tokenizer: dict[str, Any]) -> list[str | None]:
 
 
 def _checked(path: Path, vocab: Vocab) -> Vocab:
-    """``vocab``, if all its texts can be written: JSON may hold halves of surrogate pairs, UTF-8 may not."""
+    """``vocab``, if all its texts can be written: JSON may hold halves of surrogate pairs, UTF-8 may not.  Chat
+    templates are a text, or a list of those with names, which gguf takes as they come."""
+    templates = vocab.special.chat_template
+    named = isinstance(templates, list) and all(isinstance(template, dict) for template in templates)
+    if not (templates is None or isinstance(templates, str) or named):
+        raise ModelError(
+            f"'chat_template' is neither a text nor a list of templates: {str(templates)[:80]!r}", file=path
+        )
     for text in (*vocab.tokens, *vocab.special.merges, str(vocab.special.chat_template)):
         try:
             text.encode()
