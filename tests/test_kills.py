@@ -227,7 +227,7 @@ NAMESPACE = ("unshare", "--map-root-user", "--mount")
 
 with_mounts = pytest.mark.skipif(
     shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0,
-    reason="needs unshare, and a system that lets it mount",
+    reason="needs unshare (util-linux), and a system that lets it mount: root, or user namespaces",
 )
 
 

@@ -37,7 +37,7 @@ def hidden(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
         monkeypatch.setattr(output, "_create_unnamed", lambda folder: None)
         return True
     if sys.platform != "linux":
-        pytest.skip("Linux has files without names")
+        pytest.skip("only Linux has files without names: run it there")
     return False
 
 

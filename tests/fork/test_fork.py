@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import socket
 import struct
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +29,7 @@ from ccq_format.errors import TensorTypeError
 from ccq_format.gguf_io import ModelWriter, open_model
 from ccq_format.layouts import LAYOUTS
 
+from ..server_common import post, serving
 from ..test_plugin_models import EXPERTS, VOCAB, random_tensors, write_model
 from .build import KINDS
 
@@ -432,41 +426,18 @@ def test_bench(tree: Tree, source: Path, tmp_path: Path) -> None:
     assert "CCQ_T2_M" in said
 
 
-@contextmanager
-def server(tree: Tree, model: Path, log: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [tree.build / "bin/llama-server", "-m", model, "--port", str(port), "-np", "4", "-c", "1024"]
-    command += ["-t", "2", "--chat-template", "chatml"]
-    if tree.ik:
-        # Its flash attention aborts at prompts of several slots in one batch, whatever the type: GGML_ASSERT(S > 0).
-        command += ["--flash-attn", "off"]
-    with open(log, "wb") as out, subprocess.Popen(command, stdout=out, stderr=out, cwd=tree.cwd) as process:
-        try:
-            for _ in range(300):
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as reply:
-                        if reply.status == 200:
-                            break
-                except urllib.error.URLError:
-                    assert process.poll() is None, log.read_text(errors="replace")[-4000:]
-                time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}/v1/chat/completions"
-        finally:
-            process.terminate()
-
-
-def chat(url: str, text: str) -> dict[str, Any]:
-    body = {"messages": [{"role": "user", "content": text}], "max_tokens": 16, "temperature": 0}
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as reply:
-        answer: dict[str, Any] = json.load(reply)
-    return answer
+def chat(url: str, text: str) -> Any:
+    messages = [{"role": "user", "content": text}]
+    return post(f"{url}/v1/chat/completions", messages=messages, max_tokens=16, temperature=0)
 
 
 def test_server_answers_one_and_four_at_once(tree: Tree, models: Models, tmp_path: Path) -> None:
-    with server(tree, models["ccq_t2_m"][2], tmp_path / "log") as url:
+    command = [tree.build / "bin/llama-server", "-m", models["ccq_t2_m"][2], "-np", 4, "-c", 1024, "-t", 2]
+    command += ["--chat-template", "chatml"]
+    if tree.ik:
+        # Its flash attention aborts at prompts of several slots in one batch, whatever the type: GGML_ASSERT(S > 0).
+        command += ["--flash-attn", "off"]
+    with serving(command, tmp_path / "log", tree.cwd) as url:
         first = chat(url, "What does ls do?")
         assert first["usage"]["completion_tokens"] > 0
         assert first["choices"][0]["message"]["content"]

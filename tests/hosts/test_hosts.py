@@ -12,17 +12,13 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -30,6 +26,7 @@ import ccq_backend
 from ccq_converters import hf2gguf
 from ccq_converters.options import QuantOptions
 
+from ..server_common import post, serving
 from . import roots
 
 pytestmark = pytest.mark.hosts
@@ -100,12 +97,12 @@ def variant(request: pytest.FixtureRequest, debian: Path, tmp_path: Path) -> tup
     name: str = request.param
     library = f"/{BACKENDS}/libggml-cpu-{name}.so"
     if not (debian / library[1:]).exists():
-        pytest.skip("Debian's package has no such backend any more")
+        pytest.skip(f"Debian's package has no {name} any more: take it out of VARIANTS")
     score = f"import ctypes; print(ctypes.CDLL({library!r}).ggml_backend_score())"
     done = roots.run([*roots.sandbox(debian, {}, {}), "/usr/bin/python3", "-c", score])
     assert done.returncode == 0, done.stdout
     if int(done.stdout) == 0:
-        pytest.skip(f"this CPU does not run {name}")
+        pytest.skip(f"this CPU does not run {name}; one that does is needed")
     for file in (debian / BACKENDS).iterdir():
         if not file.name.startswith("libggml-cpu-") or file.name == f"libggml-cpu-{name}.so":
             shutil.copy(file, tmp_path)
@@ -147,35 +144,10 @@ def test_debian_bench(debian: Path, models: Path) -> None:
 # --- Debian's server -------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def server(root: Path, models: Path, log: Path, *options: object, parallel: int = 4) -> Iterator[str]:
-    """The server's address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["--port", port, "-np", parallel, "-c", 1024, "-t", 2, "--no-webui", *options]
-    command = [*in_debian(root, models), "/usr/bin/llama-server", *map(str, words)]
-    url = f"http://127.0.0.1:{port}"
-    with log.open("wb") as out, subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out) as process:
-        try:
-            for _ in range(600):
-                try:
-                    with urllib.request.urlopen(f"{url}/health") as reply:
-                        if reply.status == 200:
-                            break
-                except (urllib.error.URLError, ConnectionError):
-                    assert process.poll() is None, log.read_text(errors="replace")[-4000:]
-                time.sleep(0.1)
-            yield url
-        finally:
-            process.terminate()
-
-
-def post(url: str, **body: object) -> Any:
-    """The reply to a request."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as reply:
-        return json.load(reply)
+def server(root: Path, models: Path, log: Path, *options: object, parallel: int = 4) -> AbstractContextManager[str]:
+    """Debian's, by its address."""
+    words = ["/usr/bin/llama-server", "-np", parallel, "-c", 1024, "-t", 2, "--no-webui", *options]
+    return serving([*in_debian(root, models), *words], log)
 
 
 def test_debian_server(debian: Path, models: Path, text: str, tmp_path: Path) -> None:
