@@ -19,7 +19,7 @@ from ._header import ALIGNMENT_KEY, ENCODER_KEY, MAX_NAME_BYTES, SPEC_VERSION_KE
 from ._partial import DIGEST, Partial
 from .errors import AlignmentError, PlanError, ShapeError
 from .layouts import LAYOUTS, SPEC_VERSION
-from .output import Output, OutputFile
+from .output import OutputFile, Staged
 
 if TYPE_CHECKING:
     from .gguf_io import Model
@@ -60,7 +60,7 @@ class _GgufWriter(gguf.GGUFWriter):
         return super()._pack_val(val, vtype, add_vtype, sub_type)
 
 
-class ModelWriter(Output):
+class ModelWriter(Staged):
     """Writes one GGUF file, holding no more than the chunk being written.
 
     Order of calls: metadata (through :attr:`gguf` and :meth:`copy_metadata`) and :meth:`add_tensor` for every tensor,
@@ -274,15 +274,10 @@ class ModelWriter(Output):
         """
         if self._state in ("closed", "aborted"):
             return
-        try:
-            self.complete()
-            self.publish()
-            self.settle()
-        finally:
-            self.abort()
+        super().close()
 
     def complete(self) -> None:
-        """The first third of :meth:`close`: check that nothing is missing, and sync it."""
+        """See ``Staged``; checks that nothing is missing."""
         if self._state == "declaring":
             self.begin()
         if not self.is_complete:
@@ -290,7 +285,7 @@ class ModelWriter(Output):
         self._output.complete()
 
     def publish(self) -> None:
-        """The second third of :meth:`close`: give the file its name."""
+        """See ``Staged``."""
         self._output.publish()
 
     def unpublish(self) -> None:
@@ -302,7 +297,7 @@ class ModelWriter(Output):
         return self._output.is_published()
 
     def settle(self) -> None:
-        """The last third of :meth:`close`: nothing but the target is left."""
+        """See ``Staged``."""
         self._state = "closed"
         self._output.settle()
 

@@ -23,7 +23,7 @@ from typing import BinaryIO, TypeVar
 
 from .errors import CcqWarning, OutputError
 
-__all__ = ["Output", "OutputFile", "Scratch", "refuse_inputs"]
+__all__ = ["Output", "OutputFile", "Scratch", "Staged", "refuse_inputs"]
 
 _O = TypeVar("_O", bound="Output")
 
@@ -54,7 +54,35 @@ class Output(ABC):
             self.abort()
 
 
-class OutputFile(Output):
+class Staged(Output):
+    """An output that is closed in three thirds, so that several can be closed together."""
+
+    @abstractmethod
+    def complete(self) -> None:
+        """The first third of :meth:`close`: nothing is left to write."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """The second third of :meth:`close`: give the output its name."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """The last third of :meth:`close`: nothing but the target is left."""
+
+    def close(self) -> None:
+        """Complete the output and give it its name.
+
+        Raises ``OutputError`` if the target has appeared meanwhile and ``overwrite`` is false, or the system refuses.
+        """
+        try:
+            self.complete()
+            self.publish()
+            self.settle()
+        finally:
+            self.abort()
+
+
+class OutputFile(Staged):
     """A file to write: :meth:`open`, then fill :attr:`file`, then :meth:`close`::
 
         with OutputFile("table.csv") as out:
@@ -121,18 +149,6 @@ class OutputFile(Output):
         with self.errors():
             self.file.write(data)
 
-    def close(self) -> None:
-        """Complete the file and give it its name.
-
-        Raises ``OutputError`` if the target has appeared meanwhile and ``overwrite`` is false, or the system refuses.
-        """
-        try:
-            self.complete()
-            self.publish()
-            self.settle()
-        finally:
-            self.abort()
-
     def sync(self) -> None:
         """Wait until everything written is on disk.  Raises ``OutputError``."""
         with self.errors():
@@ -140,12 +156,12 @@ class OutputFile(Output):
             os.fsync(self.file.fileno())
 
     def complete(self) -> None:
-        """The first third of :meth:`close`: nothing is left to write."""
+        """See ``Staged``."""
         self.check()
         self.sync()
 
     def publish(self) -> None:
-        """The second third of :meth:`close`: give the file its name."""
+        """See ``Staged``."""
         with self.errors():
             if self._hidden is None and not self._link(self.path):
                 # A link cannot replace a file, but renaming can.
@@ -173,7 +189,7 @@ class OutputFile(Output):
             return False
 
     def settle(self) -> None:
-        """The last third of :meth:`close`: nothing but the target is left."""
+        """See ``Staged``."""
         if self._file is not None:
             self._file.close()
 

@@ -111,12 +111,6 @@ class Recorder:
         return np.memmap(self._file, np.uint16, "r", shape=(*steps.shape, n_vocab)), steps, targets, tops
 
 
-def packed(logp: F64, targets: F64, tops: NDArray[np.int64]) -> Packed:
-    """The record of some positions: all log-probabilities ``[positions, n_vocab]``, those of the text's tokens, and the
-    most probable tokens."""
-    return Packed(*pack(logp), targets, tops)
-
-
 def pack(logp: F64) -> tuple[U16, F64]:
     """Codes (uint16) and steps (float64 ``[rows]``) of log-probabilities ``[rows, n_vocab]``, as in
     :class:`BaseLogits`."""

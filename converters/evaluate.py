@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from ccq_format.errors import EvalError
 
-from .base_record import BaseLogits, Packed, Recorder, packed
+from .base_record import BaseLogits, Packed, Recorder, pack
 from .console import progress_bar
 from .host import cpu_count
 from .llama import _N_BATCH, LlamaModel, load_plugin_for
@@ -267,7 +267,8 @@ def _parts(n_ctx: int, n_vocab: int) -> list[slice]:
 
 
 def _record(predict: Predict, targets: NDArray[np.int64], part: slice) -> Packed:
-    return packed(*predict(part, targets[part]))
+    logp, at_targets, tops = predict(part, targets[part])
+    return Packed(*pack(logp), at_targets, tops)
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
