@@ -1,8 +1,8 @@
 """Check what ``python -m build`` made: ``check_package.py DIST [PYTHON...]``.
 
-The source archive has all that is compiled and installed, and nothing else.  The wheel says that it runs on every
-Python from 3.10 on, and does: it is installed into a new environment of every PYTHON that is given, by default this
-one, and encodes and decodes there.
+The source archive has all that is compiled and installed, its documents, and nothing else.  The wheel says that it runs
+on every Python from 3.10 on, and does: it is installed into a new environment of every PYTHON that is given, by default
+this one, and encodes and decodes there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TOP = {"CHANGELOG.md", "CMakeLists.txt", "LICENSE", "PKG-INFO", "README.md", "SECURITY.md", "pyproject.toml"}
-FOLDERS = {"backend", "ccq_format", "converters"}
+FOLDERS = {"backend", "ccq_format", "converters", "docs"}
 
 SMOKE = """
 import sys, ccq_backend, numpy as np

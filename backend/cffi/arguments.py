@@ -9,10 +9,16 @@ import numpy.typing as npt
 
 from ccq_format import errors, layouts
 
+from ._ccq import lib
+
 F32 = npt.NDArray[np.float32]
 
-EFFORTS: dict[str, int] = {"fast": 1, "default": 0, "best": 2}
-"""How far the encoder searches, by name: the numbers of ``ccq_effort``."""
+EFFORTS: dict[str, int] = {
+    "fast": lib.CCQ_EFFORT_FAST,
+    "default": lib.CCQ_EFFORT_DEFAULT,
+    "best": lib.CCQ_EFFORT_BEST,
+}
+"""How far the encoder searches, by name."""
 
 
 def layout_of(type: str | layouts.Layout) -> layouts.Layout:
