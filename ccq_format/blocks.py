@@ -38,14 +38,39 @@ class Field:
         return self.itemsize * self.count
 
 
-class Code(Protocol):
-    """The code of a type.  Blocks are uint8 ``[n, block_bytes]``, their weights float32 ``[n, block_weights]``."""
+class Encodable(Protocol):
+    """A type as an encoder sees it."""
 
-    family: ClassVar[str]
-    """Codes of one kind: the name of their list in ``backend/core/layouts.h`` and of their table in the spec."""
+    @property
+    def name(self) -> str:
+        """Lower case."""
 
-    spec_head: ClassVar[tuple[str, ...]]
-    """Headings of that table, after the type's name."""
+    @property
+    def gguf_id(self) -> int:
+        """Tensor type id in GGUF."""
+
+    @property
+    def block_weights(self) -> int:
+        """Weights of one block."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight."""
+
+    @property
+    def code(self) -> Encoding:
+        """What errors of the type are like."""
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row of ``columns`` weights.  Raises ``ValueError`` if the row is no whole number of blocks."""
+
+
+class Encoding(Protocol):
+    """How a type is encoded with a small error."""
 
     couples: ClassVar[bool]
     """Whether the native encoder follows the errors inside a block (``coupling`` of ``ccq_backend.encode``)."""
@@ -53,6 +78,28 @@ class Code(Protocol):
     @property
     def max_weight(self) -> float | None:
         """The largest magnitude that a weight can have; ``None`` if that is float32's."""
+
+    def error_weights(self, x: F32, importance: F32 | None) -> F32 | None:
+        """Weights of the squared errors of ``x`` ``[rows, row_len]`` given the importance of its channels
+        (``[row_len]`` or ``[rows, row_len]``): float32 of the shape of one of them, or ``None``: all alike."""
+
+    def size_weights(self, x: F32, power: npt.NDArray[np.floating]) -> F32 | None:
+        """What an element's own size adds to the weight of its error, float32 like ``x``, or ``None``: nothing;
+        ``power`` is the mean square of each row ``[rows, 1]``."""
+
+    def gain(self, layout: Encodable, weights: F32 | None) -> F32:
+        """What weights are multiplied by before they are encoded: float32 of the shape of ``weights``, those of their
+        squared errors (``[row_len]`` or ``[rows, row_len]``), or ``[1]``."""
+
+
+class Code(Encoding, Protocol):
+    """The code of a type.  Blocks are uint8 ``[n, block_bytes]``, their weights float32 ``[n, block_weights]``."""
+
+    family: ClassVar[str]
+    """Codes of one kind: the name of their list in ``backend/core/layouts.h`` and of their table in the spec."""
+
+    spec_head: ClassVar[tuple[str, ...]]
+    """Headings of that table, after the type's name."""
 
     def constants(self) -> dict[str, object]:
         """The constants as ``backend/core/layouts.h`` names them."""
@@ -69,18 +116,6 @@ class Code(Protocol):
 
     def encode(self, layout: Layout, target: F32, cost: npt.NDArray[np.float64], scales: Any) -> U8:
         """The blocks with the least ``sum(cost * (target - decoded)**2)`` for given scales.  Raises ``ValueError``."""
-
-    def error_weights(self, x: F32, importance: F32 | None) -> F32 | None:
-        """Weights of the squared errors of ``x`` ``[rows, row_len]`` given the importance of its channels
-        (``[row_len]`` or ``[rows, row_len]``): float32 of the shape of one of them, or ``None``: all alike."""
-
-    def size_weights(self, x: F32, power: npt.NDArray[np.floating]) -> F32 | None:
-        """What an element's own size adds to the weight of its error, float32 like ``x``, or ``None``: nothing;
-        ``power`` is the mean square of each row ``[rows, 1]``."""
-
-    def gain(self, layout: Layout, weights: F32 | None) -> F32:
-        """What weights are multiplied by before they are encoded: float32 of the shape of ``weights``, those of their
-        squared errors (``[row_len]`` or ``[rows, row_len]``), or ``[1]``."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .blocks import F32, GROUP, U8, Layout, get, put
+from .blocks import F32, GROUP, U8, Encodable, Layout, get, put
 
 NAN_BITS = 0x7FC00000
 """Every weight of a P group whose scale is not finite has these float32 bits."""
@@ -114,7 +114,7 @@ class PaperCode:
         weights: F32 = np.sqrt(np.square(x, dtype=np.float32) + power.astype(np.float32))
         return weights
 
-    def gain(self, layout: Layout, weights: F32 | None) -> F32:
+    def gain(self, layout: Encodable, weights: F32 | None) -> F32:
         """See ``Code``: 1."""
         return np.ones(1, np.float32)
 

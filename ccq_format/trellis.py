@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .blocks import F32, GROUP, U8, Layout, get
+from .blocks import F32, GROUP, U8, Encodable, Layout, get
 
 LARGEST_GAIN = 0.25
 """By how much a weight is raised at most: more would cost the block's other weights, for one that hardly counts."""
@@ -119,7 +119,7 @@ class TrellisCode:
         """See ``Code``: none."""
         return None
 
-    def gain(self, layout: Layout, weights: F32 | None) -> F32:
+    def gain(self, layout: Encodable, weights: F32 | None) -> F32:
         """See ``Code``: ``1 + 4^-bpw (m / w)^(3/4)``, at most ``1 + LARGEST_GAIN``; w is the weight of an error and m
         the geometric mean of those in the block.
 

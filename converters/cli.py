@@ -137,10 +137,10 @@ def _quant_options(command: _F) -> _F:
             "type_name",
             metavar="TYPE",
             help="Type of the matrices: ccq_t1, ccq_t1_5, ccq_t2, ccq_t2_5, ccq_t3, ccq_p2, ccq_p2_5, ccq_p2_75 (the "
-            "prefix may be left out), f32, f16, bf16, q8_0, q5_0, q4_0 or mxfp4; embedding and output become q8_0, or "
-            "f32, f16 or bf16 like the others. Or a mixture: ccq_t1_5_m, ccq_t2_m, ccq_t2_5_m, ccq_t3_m give the "
-            "matrices that matter most a larger type, and embedding and output smaller ones. Or keep: all matrices "
-            "stay as they are.",
+            "prefix may be left out), f32, f16, bf16, q8_0, q5_0, iq4_nl, q4_0 or mxfp4; embedding and output become "
+            "q8_0, or f32, f16 or bf16 like the others. Or a mixture: ccq_t1_5_m, ccq_t2_m, ccq_t2_5_m, ccq_t3_m give "
+            "the matrices that matter most a larger type, and embedding and output smaller ones. Or keep: all "
+            "matrices stay as they are.",
         ),
         click.option(
             "--target-size",

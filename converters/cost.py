@@ -8,11 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .encode import encode_rows
+from .encode import encodable, encode_rows
 from .host import cpu_count
 from .options import QuantOptions
 from .plan import Plan, PlannedTensor
-from .target_types import is_ccq
 
 _SAMPLE = 1 << 15
 """Weights that are encoded to measure a type: a tenth of a second for the slowest."""
@@ -24,14 +23,14 @@ _READ = 1 << 20
 def expectation(plan: Plan, options: QuantOptions) -> str:
     """One line for people: how long the plan's conversion will take with ``options.threads``.
 
-    Encoders of CCQ types share their work among all threads; everything else has one.  Reading is measured where the
+    Our encoders share their work among all threads; everything else has one.  Reading is measured where the
     files are cached or have holes, as well as where they are not: a slow disk comes on top.
     """
     threads = options.threads if options.threads > 0 else cpu_count()
     encoded = [t for t in plan.tensors if t.source.n_weights and t.type != t.source.source_type]
     seconds = 0.0
     for target, weights in _weights(encoded, lambda t: t.type).items():
-        shared = threads if is_ccq(target) else 1
+        shared = threads if encodable(target) is not None else 1
         seconds += weights * _seconds_to_encode(target, options.effort) / shared
     for kind, weights in _weights(encoded, lambda t: t.source.source_type).items():
         largest = max((t for t in encoded if t.source.source_type == kind), key=lambda t: t.source.n_weights)

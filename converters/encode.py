@@ -6,16 +6,26 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ccq_format import layouts
+from ccq_format import layouts, stock
+from ccq_format.blocks import Encodable
 from ccq_format.errors import CudaError, ImportanceError, WeightsError
 
 from .target_types import is_ccq
 
 _F16_MAX = 65504.0
-_LARGEST = {"f16": _F16_MAX, "q8_0": _F16_MAX * 127, "q5_0": _F16_MAX * 16, "q4_0": _F16_MAX * 8} | {
-    layout.name: limit for layout in layouts.LAYOUTS if (limit := layout.code.max_weight) is not None
+_ENCODABLE: dict[str, Encodable] = {layout.name: layout for layout in layouts.LAYOUTS} | {
+    kind.name: kind for kind in stock.TYPES
+}
+
+_LARGEST = {"f16": _F16_MAX, "q8_0": _F16_MAX * 127} | {
+    name: limit for name, kind in _ENCODABLE.items() if (limit := kind.code.max_weight) is not None
 }
 """Largest magnitude that a type can hold; the types left out hold any float32."""
+
+
+def encodable(target: str) -> Encodable | None:
+    """The type ``target`` if an encoder of ours searches it for small errors, which data says the weights of."""
+    return _ENCODABLE.get(target)
 
 
 def rows_of_importance(
@@ -65,7 +75,7 @@ def on_gpu(target: str, device: str) -> bool:
 
 
 def encode_blocks(
-    layout: layouts.Layout,
+    layout: Encodable,
     x: NDArray[np.float32],
     importance: NDArray[np.float32] | None,
     threads: int,
@@ -75,7 +85,7 @@ def encode_blocks(
 ) -> NDArray[np.uint8]:
     """``ccq_backend.encode``, on ``device`` (``"cpu"`` or ``"cuda"``) where it can encode the type; the same bytes."""
     # Imported here because plain conversions need no compiled kernels.
-    if on_gpu(layout.name, device):
+    if isinstance(layout, layouts.Layout) and on_gpu(layout.name, device):
         from ccq_backend import cuda
 
         return cuda.encode(layout, x, importance, effort, coupling)
@@ -97,12 +107,13 @@ def encode_rows(
 ) -> NDArray[np.uint8]:
     """Encode float32 ``[rows, row_len]`` to uint8 ``[rows, row_bytes]`` of type ``target``.
 
-    ``importance`` is float32 ``[row_len]`` or ``[rows, row_len]`` and used by CCQ types only, ``threads`` <= 0 means
-    one per CPU, ``device`` is what encodes the T types.  The rows must be whole blocks of ``target`` and finite.
+    ``importance`` is float32 ``[row_len]`` or ``[rows, row_len]`` and used by :func:`encodable` types only, ``threads``
+    <= 0 means one per CPU, ``device`` is what encodes the T types.  The rows must be whole blocks of ``target`` and
+    finite.
     """
     x = np.ascontiguousarray(x, dtype=np.float32)
-    if is_ccq(target):
-        layout = layouts.by_name(target)
+    layout = encodable(target)
+    if layout is not None:
         weights = layout.code.error_weights(x, importance)
         raised = x * layout.code.gain(layout, weights)
         return encode_blocks(layout, raised, weights, threads, effort, device)
@@ -112,3 +123,13 @@ def encode_rows(
         return x.astype("<f2").view(np.uint8)
     quant_type = gguf.GGMLQuantizationType[target.upper()]
     return np.ascontiguousarray(gguf.quants.quantize(x, quant_type)).view(np.uint8).reshape(x.shape[0], -1)
+
+
+def decode_rows(target: str, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Weights float32 ``[rows, row_len]`` of uint8 ``[rows, row_bytes]`` of type ``target``."""
+    if is_ccq(target):
+        import ccq_backend  # plain conversions need no compiled kernels
+
+        weights: NDArray[np.float32] = ccq_backend.decode(layouts.by_name(target), blocks)
+        return weights
+    return np.asarray(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[target.upper()]), np.float32)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ccq_format import codec, layouts
 from ccq_format.errors import CcqError, ImportanceError
 
-from .encode import check_weights, encode_rows, on_gpu, rows_of_importance
+from .encode import check_weights, decode_rows, encodable, encode_rows, on_gpu, rows_of_importance
 from .feedback import Factors, encode_with_feedback, factorize
 from .hessian import Hessians
 from .host import cpu_count
@@ -47,10 +47,10 @@ def encoded_rows(
         yield np.empty(0, np.uint8), 0
         return
     importance = None
-    if options.imatrix is not None and is_ccq(tensor.type):
+    if options.imatrix is not None and encodable(tensor.type) is not None:
         importance = options.imatrix.for_tensor(source.name, source.matrices, source.row_len)
     threads = options.threads if options.threads > 0 else cpu_count()
-    searched = is_ccq(tensor.type) and not tensor.copied
+    searched = encodable(tensor.type) is not None and not tensor.copied
     at_once = _CHUNK_GPU if on_gpu(tensor.type, options.device) else _CHUNK_CCQ * threads
     step = max(1, (at_once if searched else _CHUNK_PLAIN) // source.row_len)
     if options.hessian is not None and searched and source.name in options.hessian:
@@ -87,9 +87,7 @@ def encoded_rows(
 
 def _note_errors(errors: BlockErrors | None, x: NDArray[np.float32], blocks: NDArray[np.uint8]) -> None:
     if errors is not None and is_ccq(errors.type):
-        import ccq_backend  # plain conversions need no compiled kernels
-
-        errors.add(x, ccq_backend.decode(layouts.by_name(errors.type), blocks))
+        errors.add(x, decode_rows(errors.type, blocks))
 
 
 def _rows_with_feedback(
@@ -122,7 +120,8 @@ def _factors(tensor: PlannedTensor, hessians: Hessians, matrix: int) -> Factors:
     # In float64 from the start, and in place: 8 n^2 bytes are all that a row length of n needs.
     product, count = hessians.product(source.name, source.matrices, source.row_len, matrix, dtype=np.float64)
     try:
-        layout = layouts.by_name(tensor.type)
+        layout = encodable(tensor.type)
+        assert layout is not None
         return factorize(product, layout, count=count, depth=hessians.depth, overwrite=True)
     except ImportanceError as error:
         raise ImportanceError(error.reason, file=hessians.file, tensor=source.name) from error

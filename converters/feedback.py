@@ -4,7 +4,8 @@ A row's error ``e = w - decoded`` counts as ``e H e^T``, H being the products ``
 With ``H = U diag(d) U^T``, U unit upper triangular, that is ``sum_j d_j ((e U)_j)^2``: the error of column j counts
 together with what the errors before it have left there.  Columns are taken in their order, a block
 of the type at a time.  What earlier blocks left is added to the block's target.  Inside a block of a T type the trellis
-search itself follows the errors along each of its ways (``coupling`` of ``ccq_backend.encode``); those of the P types
+search itself follows the errors along each of its ways (``coupling`` of ``ccq_backend.encode``), and the types of
+llama.cpp's that we encode round weight by weight; the P types
 only know weights of the squared error, which are then the diagonal of H given all later columns.
 
 Rows are independent and products of errors with U are exact in float64 (both factors are rounded to 22 bits), so the
@@ -35,9 +36,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccq_format import layouts
+from ccq_format.blocks import Encodable
 from ccq_format.errors import ImportanceError
 
-from .encode import encode_blocks
+from .encode import decode_rows, encode_blocks
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -95,7 +97,7 @@ class Factors:
     types.  ``gain``: float32 ``[n]``, what targets are multiplied by.
     """
 
-    layout: layouts.Layout
+    layout: Encodable
     spread: F64
     weights: F32
     coupling: F32 | None
@@ -104,7 +106,7 @@ class Factors:
 
 def factorize(
     hessian: NDArray[np.floating],
-    layout: layouts.Layout,
+    layout: Encodable,
     *,
     count: float = math.inf,
     damping: float = DAMPING,
@@ -160,9 +162,10 @@ def factorize(
                 last = min(first + _STRIP, start)
                 rest[first:last, first:start] -= part[first:last] @ part[first:].T
             rest[:start, start:stop] = part @ inverse
-    for start in range(0, n - size, _GROUP):
+    strip = min(size, _GROUP)
+    for start in range(0, n - size, strip):
         first = start // size * size + size
-        rest[start : start + _GROUP, first:] = _rounded(rest[start : start + _GROUP, first:], axis=0)
+        rest[start : start + strip, first:] = _rounded(rest[start : start + strip, first:], axis=0)
     weights = (weights / weights.max()).astype(np.float32)
     gain = np.broadcast_to(1 + np.float32(gain_strength(depth)) * (layout.code.gain(layout, weights) - 1), n)
     return Factors(layout, rest, weights, coupling, gain)
@@ -202,8 +205,6 @@ def encode_with_feedback(
     ``threads`` <= 0 means one per CPU.  The same bytes for any split of the rows, any number of threads and either
     ``device``: blocks are encoded there, errors spread here, in float64.
     """
-    import ccq_backend  # plain conversions need no compiled kernels
-
     layout, size = factors.layout, factors.layout.block_weights
     rows, n = x.shape
     power = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
@@ -223,8 +224,8 @@ def encode_with_feedback(
         out[:, start // size] = codes
         if stop == n:
             break
-        error = x[:, start:stop].astype(np.float64) - ccq_backend.decode(layout, codes)
+        error = x[:, start:stop].astype(np.float64) - decode_rows(layout.name, codes)
         for first in range(0, size, _GROUP):
             part = _rounded(error[:, first : first + _GROUP], axis=1)
-            target[:, stop:] += part @ factors.spread[start + first : start + first + _GROUP, stop:]
+            target[:, stop:] += part @ factors.spread[start + first : min(start + first + _GROUP, stop), stop:]
     return out.reshape(rows, -1)

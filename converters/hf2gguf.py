@@ -33,6 +33,7 @@ _FILE_TYPES = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "q5_0": gguf.LlamaFileType.MOSTLY_Q5_0,
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "iq4_nl": gguf.LlamaFileType.MOSTLY_IQ4_NL,
 }
 """``general.file_type``; there is no number for a CCQ file, and llama.cpp then counts the tensors' types itself."""
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LADDER = ("ccq_t1_5", "ccq_t2", "ccq_t2_5", "ccq_t3", "q4_0", "q5_0", "q8_0")
+LADDER = ("ccq_t1_5", "ccq_t2", "ccq_t2_5", "ccq_t3", "iq4_nl", "q5_0", "q8_0")
 """Types by size: 1.625, 2.125, 2.625, 3.125, 4.5, 5.5 and 8.5 bits per weight.  ccq_t1 is not among them: what a
 quarter of the signal costs does not follow from what small errors cost."""
 
@@ -34,7 +34,7 @@ MIXTURES = {
     for mixture in (
         Mixture("ccq_t1_5_m", "ccq_t1_5", "ccq_t2_5", "ccq_t3"),
         Mixture("ccq_t2_m", "ccq_t2", "ccq_t2_5", "ccq_t3"),
-        Mixture("ccq_t2_5_m", "ccq_t2_5", "ccq_t3", "q4_0"),
+        Mixture("ccq_t2_5_m", "ccq_t2_5", "ccq_t3", "iq4_nl"),
         Mixture("ccq_t3_m", "ccq_t3", "ccq_t3", "q5_0"),
     )
 }
@@ -43,7 +43,7 @@ MIXTURES = {
 Embedding and output have about as much to gain per byte as the matrices have from the next type; KL divergence of the
 16 M model (2540 tokens) from one of them alone: embedding in T2 0.0121, T2_5 0.0051, T3 0.0027, q4_0 0.0010; output in
 T2_5 0.0169, T3 0.0077, q4_0 0.0029, q5_0 0.0008.  Of the 4 M model's embedding, which is its output, too: T3 0.0173,
-q4_0 0.0061, q5_0 0.0016.
+q4_0 0.0061, q5_0 0.0016 (these two rounded as llama.cpp does; ours lose 11 % less, and iq4_nl a third less than q4_0).
 """
 
 _LAYER = re.compile(r"^blk\.(\d+)\.")

@@ -3,14 +3,14 @@
 A block of 64 weights of a T type has one scale.  A weight of k times the others' deviation stretches it, and its codes
 have a few bits for each of the others.  The block's squared error, as a part of their power (Gaussian, effort fast):
 
-=====  ========  ======  ========  ======  =====  =====  =====
-k      CCQ_T1_5  CCQ_T2  CCQ_T2_5  CCQ_T3  q4_0   q5_0   q8_0
-=====  ========  ======  ========  ======  =====  =====  =====
-4      0.22      0.11    0.06      0.03    0.01   0.00   0.00
-8      0.55      0.32    0.18      0.09    0.04   0.01   0.00
-16     1.9       1.2     0.67      0.35    0.17   0.04   0.00
-50     17        11      7.0       3.5     0.49   0.34   0.01
-=====  ========  ======  ========  ======  =====  =====  =====
+=====  ========  ======  ========  ======  ======  =====  =====
+k      CCQ_T1_5  CCQ_T2  CCQ_T2_5  CCQ_T3  iq4_nl  q5_0   q8_0
+=====  ========  ======  ========  ======  ======  =====  =====
+4      0.22      0.11    0.06      0.03    0.01    0.00   0.00
+8      0.55      0.32    0.18      0.09    0.03    0.01   0.00
+16     1.9       1.2     0.67      0.34    0.09    0.04   0.00
+50     17        11      7.0       3.6     0.47    0.34   0.01
+=====  ========  ======  ========  ======  ======  =====  =====
 
 The stock types on the ladder give the largest weight of 32 a code of its own and can at worst lose the 31 beside it.
 At k = 8 a weight has as much power as the 63 others together: that is an outlier here; of Gaussian weights one in

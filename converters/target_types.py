@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gguf
 
-from ccq_format import layouts
+from ccq_format import layouts, stock
 from ccq_format.errors import PlanError
 
 from .mixtures import MIXTURES
@@ -15,10 +15,12 @@ from .mixtures import MIXTURES
 PLAIN_TYPES: dict[str, tuple[int, int]] = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34)}
 """The stock types that are sources and targets: weights per block, bytes per block."""
 
-STOCK_TYPES: dict[str, tuple[int, int]] = {**PLAIN_TYPES, "q4_0": (32, 18), "q5_0": (32, 22), "mxfp4": (32, 17)}
-"""All stock types that we write; mxfp4 keeps what gpt-oss is published in.  Of the small ones gguf can quantize, q4_0
-and q5_0 are a step above CCQ_T3 and leave less error than q4_1 and q5_1, which are larger (Gaussian weights, relative
-squared error: q4_0 0.0074, q4_1 0.0061, q5_0 0.0018, q5_1 0.0014)."""
+STOCK_TYPES: dict[str, tuple[int, int]] = {
+    **PLAIN_TYPES,
+    **{kind.name: (kind.block_weights, kind.block_bytes) for kind in stock.TYPES},
+    "mxfp4": (32, 17),
+}
+"""All stock types that we write; mxfp4 keeps what gpt-oss is published in."""
 
 FLOAT_TYPES = ("f32", "f16", "bf16")
 
@@ -79,9 +81,9 @@ def bits(type_name: str) -> float:
 
 
 def fallback(type_name: str, row_len: int) -> str:
-    """The smallest of q4_0, q5_0, q8_0 and f16 that has more bits per weight than ``type_name`` and fits the rows; for
-    ccq_t1 first ccq_t1_5, whose blocks are half as long."""
-    for candidate in (*SMALLER_BLOCKS.get(type_name, ()), "q4_0", "q5_0", "q8_0"):
+    """The smallest of iq4_nl, q5_0, q8_0 and f16 that has more bits per weight than ``type_name`` and fits the rows;
+    for ccq_t1 first ccq_t1_5, whose blocks are half as long."""
+    for candidate in (*SMALLER_BLOCKS.get(type_name, ()), "iq4_nl", "q5_0", "q8_0"):
         if row_len % block(candidate)[0] == 0 and bits(candidate) > bits(type_name):
             return candidate
     return "f16"

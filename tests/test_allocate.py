@@ -212,7 +212,7 @@ def test_weights_that_no_type_holds() -> None:
         measure(source("w", x), OPTIONS)
     x[1, 5] = 1e9
     errors = dict(zip(LADDER, measure(source("w", x), OPTIONS).errors, strict=True))
-    assert errors["q4_0"] == math.inf  # its scale is a float16
+    assert errors["iq4_nl"] == math.inf  # its scale is a float16
 
 
 def known(name: str, loss: float | None) -> Choices:
@@ -229,6 +229,15 @@ def test_unknown_losses_are_those_of_near_layers() -> None:
     expected = {**given, "blk.0.attn_v.weight": 1, "blk.3.attn_v.weight": 4, "blk.9.attn_v.weight": 16}
     assert losses == pytest.approx({**expected, "blk.1.ffn_down.weight": 4})
     assert completed([known(name, None) for name in names])[1] == allocate.RELATIVE_UNIT
+
+
+def test_no_type_is_expected_to_lose_less_than_in_near_layers() -> None:
+    """An input that dwarfs all others makes relative errors small, whatever becomes of the rest."""
+    known_ones = [known(f"blk.{layer}.ffn_down.weight", 2.0) for layer in (2, 4)]
+    odd = known("blk.3.ffn_down.weight", None)
+    for errors, expected in (((0.001, 0.0001), (0.2, 0.02)), ((0.4, 0.01), (0.8, 0.02))):
+        found, _ = completed([*known_ones, replace(odd, errors=errors)])
+        assert found[-1].losses == pytest.approx(expected)
 
 
 # --- plans and files ------------------------------------------------------------------------------------------------
@@ -290,7 +299,7 @@ def test_target_bpw_is_met_and_used(model: Path, tmp_path: Path, bpw: float) -> 
     assert result.exit_code == 0, result.output
     assert "fell back" in result.stderr  # blk.0.odd.weight
     types = types_of(out)
-    assert (types["token_embd.weight"], types["output.weight"], types["blk.0.odd.weight"]) == ("q8_0", "q8_0", "q4_0")
+    assert (types["token_embd.weight"], types["output.weight"], types["blk.0.odd.weight"]) == ("q8_0", "q8_0", "iq4_nl")
     weights = sum(TENSORS[name].size for name in FREE)
     used = 8 * sum(TENSORS[n].size // TENSORS[n].shape[1] * row_bytes(types[n], TENSORS[n].shape[1]) for n in FREE)
     # What is left over is less than the smallest step of the smallest tensor.

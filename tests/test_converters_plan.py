@@ -105,7 +105,7 @@ def test_fallback_counts_tensors_and_bytes() -> None:
         source("token_embd.weight", 10, 40),
     ]
     plan = make_plan(model, QuantOptions("p2_5"))
-    assert [t.type for t in plan.tensors] == ["q4_0", "f16", "ccq_p2_5", "f16"]
+    assert [t.type for t in plan.tensors] == ["iq4_nl", "f16", "ccq_p2_5", "f16"]
     assert [t.nbytes for t in plan.tensors] == [10 * 320 // 32 * 18, 10 * 40 * 2, 10 * 82, 10 * 40 * 2]
     (warning,) = plan.warnings()
     assert warning.startswith("3 tensors (3.32 KiB)")
@@ -128,7 +128,7 @@ def test_every_plan_fits_and_adds_up(shapes: list[tuple[int, int, int]], kind: s
         assert shape[-1] % weights == 0
         assert tensor.nbytes == np.prod(shape) // weights * nbytes
         fits = shape[-1] % block(kind)[0] == 0
-        smaller = "ccq_t1_5" if kind == "ccq_t1" and shape[-1] % 64 == 0 else "q4_0"
+        smaller = "ccq_t1_5" if kind == "ccq_t1" and shape[-1] % 64 == 0 else "iq4_nl"
         assert tensor.type == (kind if fits else smaller if shape[-1] % 32 == 0 else "f16")
     assert plan.nbytes == sum(t.nbytes for t in plan.tensors)
     assert plan.file_bpw == pytest.approx(8 * plan.nbytes / sum(np.prod(s) for s in shapes))
@@ -213,14 +213,15 @@ def test_overrides_and_fallback_in_mixtures() -> None:
     assert (chosen["blk.3.attn_v.weight"], chosen["output.weight"], chosen["blk.0.odd.weight"]) == (
         "f16",
         "f16",
-        "q4_0",
+        "iq4_nl",
     )
     assert plan.fallback_count == 1
     assert "blk.0.odd.weight" in plan.warnings()[-1]
 
 
 @pytest.mark.parametrize(("kind", "row_len", "expected"), [
-    ("ccq_t2", 96, "q4_0"), ("ccq_p2", 320, "q4_0"), ("ccq_t2", 80, "f16"), ("q4_0", 80, "f16"), ("q8_0", 80, "f16"),
+    ("ccq_t2", 96, "iq4_nl"), ("ccq_p2", 320, "iq4_nl"), ("ccq_t2", 80, "f16"), ("q4_0", 80, "f16"),
+    ("q8_0", 80, "f16"),
 ])  # fmt: skip
 def test_rows_fall_back_to_the_next_type_that_fits(kind: str, row_len: int, expected: str) -> None:
     plan = make_plan([source("blk.0.ffn_up.weight", 4, row_len)], QuantOptions(kind))
@@ -327,7 +328,7 @@ def test_weights_must_fit_f16() -> None:
     check_weights(x * 126, "q8_0", "w")
     with pytest.raises(WeightsError, match="too large for q8_0"):
         check_weights(x * 128, "q8_0", "w")
-    for name, largest in (("q4_0", 8), ("q5_0", 16), ("q8_0", 127)):
+    for name, largest in (("q4_0", 8), ("q5_0", 16), ("iq4_nl", 127), ("q8_0", 127)):
         check_weights(x * largest, name, "w")
         scale = encode_rows(name, x * largest)[:, :2].view("<f2")
         assert np.isfinite(scale).all()

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from ccq_converters import allocate
 from ccq_converters.cli import main
-from ccq_converters.encode import encode_rows
+from ccq_converters.encode import decode_rows, encode_rows
 from ccq_converters.hessian import HessianWriter
 from ccq_converters.options import QuantOptions
 from ccq_converters.outliers import A_FIFTH, BlockErrors, block_powers, outlier_powers
@@ -34,7 +34,7 @@ def source_of(x: np.ndarray, name: str = "blk.0.ffn_down.weight") -> TensorSourc
 
 
 def decoded(type_name: str, x: np.ndarray) -> np.ndarray:
-    return allocate._decoded(type_name, encode_rows(type_name, x, None, 1, "fast"))
+    return decode_rows(type_name, encode_rows(type_name, x, None, 1, "fast"))
 
 
 # --- finding them ----------------------------------------------------------------------------------------------------
@@ -185,12 +185,12 @@ def test_mixtures_spare_what_suffers(model: Path) -> None:
     plain = {name: row for name, row in plan.items() if "raised" not in row}
     assert set(plan) - set(plain) == {"blk.1.ffn_up.weight", "token_embd.weight"}
     for name in ("blk.1.ffn_up.weight", "token_embd.weight"):
-        (type_name,) = {"q4_0", "q5_0", "q8_0"} & set(plan[name])
+        (type_name,) = {"iq4_nl", "q5_0", "q8_0"} & set(plan[name])
         x = suffering()
         wished = "ccq_t2" if "ffn_up" in name else "ccq_t2_5"
         _, outliers = block_powers(x)
         errors = {
-            t: np.square(decoded(t, x) - x).reshape(-1, 64).sum(axis=1) for t in (*T_TYPES, "q4_0", "q5_0", "q8_0")
+            t: np.square(decoded(t, x) - x).reshape(-1, 64).sum(axis=1) for t in (*T_TYPES, "iq4_nl", "q5_0", "q8_0")
         }
         limit = 2 * errors[wished][~outliers].sum()
         larger = list(errors)[list(errors).index(wished) :]

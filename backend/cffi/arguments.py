@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ccq_format import errors, layouts
+from ccq_format import errors, layouts, stock
+from ccq_format.blocks import Encodable
 
 from ._ccq import lib
 
@@ -29,6 +30,13 @@ def layout_of(type: str | layouts.Layout) -> layouts.Layout:
         return layouts.by_name(type)
     except KeyError:
         raise errors.BackendError(f"'{type}' is no CCQ type") from None
+
+
+def encodable_of(type: str | Encodable) -> Encodable:
+    """The same, or one of llama.cpp's types that are encoded here as well.  Raises ``BackendError``."""
+    if isinstance(type, str):
+        return next((known for known in stock.TYPES if known.name == type), None) or layout_of(type)
+    return type
 
 
 def row_weights(layout: layouts.Layout, row_bytes: int) -> int:
@@ -64,7 +72,7 @@ class EncoderArrays(NamedTuple):
     @classmethod
     def of(
         cls,
-        layout: layouts.Layout,
+        layout: Encodable,
         weights: npt.ArrayLike,
         importance: npt.ArrayLike | None,
         coupling: npt.ArrayLike | None,

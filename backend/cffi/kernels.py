@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ccq_format import errors, layouts
+from ccq_format.blocks import Encodable
 
 from ._ccq import ffi, lib
-from .arguments import EncoderArrays, effort_number, layout_of, matrix, row_weights
+from .arguments import EncoderArrays, effort_number, encodable_of, layout_of, matrix, row_weights
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -67,7 +68,7 @@ def isas() -> list[tuple[str, bool]]:
 
 
 def encode(
-    type: str | layouts.Layout,
+    type: str | Encodable,
     weights: npt.ArrayLike,
     importance: npt.ArrayLike | None = None,
     scales: npt.ArrayLike | None = None,
@@ -77,17 +78,18 @@ def encode(
 ) -> U8:
     """Encode a matrix so that ``sum(importance * (weights - decoded)**2)`` is small.
 
+    ``type`` may also be a ``ccq_format.stock.StockType`` or the name of one;
     ``weights``: f32 [rows, cols]; ``importance``: f32 [cols] or [rows, cols], >= 0, or ``None`` for all ones;
     ``scales``: T types only, f32 [rows, cols / block], fixes every block's scale instead of searching it;
-    ``threads``: 0 = one per CPU; ``effort``: a key of ``EFFORTS``, how far the T types' encoder searches for a smaller
-    error (P types have one way);
-    ``coupling``: T types only, f32 [cols / block, block, block], finite, zero on and below the diagonals: a block's
+    ``threads``: 0 = one per CPU; ``effort``: a key of ``EFFORTS``, how far the encoder searches for a smaller error (P
+    types have one way);
+    ``coupling``: not for P types, f32 [cols / block, block, block], finite, zero on and below the diagonals: a block's
     errors e then count as ``sum(importance * (e + e @ coupling)**2)``.
     Returns u8 [rows, row bytes], the same for any number of threads and kernel set.
 
     Raises ``ShapeError``, ``WeightsError``, ``ImportanceError``, ``BackendError``.
     """
-    layout = layout_of(type)
+    layout = encodable_of(type)
     arrays = EncoderArrays.of(layout, weights, importance, coupling)
     w = arrays.weights
     rows, cols = w.shape

@@ -17,7 +17,8 @@ enum { RUN_WEIGHTS = 2048, MAX_THREADS = 256 };
 typedef struct {
     const ccq_kernels * kernels;
     const ccq_type_info * type;
-    int32_t index;
+    int32_t index;           /* -1: a type of llama.cpp's */
+    const ccq_stock * stock; /* that type, or NULL */
     const float * weights;
     const float * importance;
     int64_t importance_stride;
@@ -34,7 +35,7 @@ typedef struct {
 
 typedef struct {
     job * job;
-    ccq_trellis * trellis; /* NULL for P types */
+    ccq_trellis * trellis; /* of T types, or NULL */
     ccq_coupled * coupled; /* NULL without coupling */
 } worker;
 
@@ -43,7 +44,12 @@ static void encode_block(const worker * self, int64_t block) {
     const int64_t at = block * j->type->block_weights;
     const float * importance =
         j->importance == NULL ? NULL : j->importance + at / j->n_cols * j->importance_stride + at % j->n_cols;
+    const float * coupling = j->coupling == NULL ? NULL : j->coupling + at % j->n_cols * j->type->block_weights;
     uint8_t * out = j->blocks + block * j->type->block_bytes;
+    if (j->stock != NULL) {
+        ccq_encode_stock_block(j->stock, j->weights + at, importance, coupling, j->effort, out);
+        return;
+    }
     if (self->trellis == NULL) {
         const ccq_status status = ccq_encode_paper_block(j->kernels, j->type, j->weights + at, importance, out);
         int none = CCQ_OK;
@@ -51,7 +57,6 @@ static void encode_block(const worker * self, int64_t block) {
         return;
     }
     const int32_t scale_byte = j->scales == NULL ? -1 : ccq_trellis_scale_byte(j->scales[block]);
-    const float * coupling = j->coupling == NULL ? NULL : j->coupling + at % j->n_cols * j->type->block_weights;
     ccq_encode_trellis_block(j->kernels, self->trellis, self->coupled, j->weights + at, importance, coupling,
                              scale_byte, j->effort, out);
 }
@@ -106,7 +111,7 @@ static int32_t thread_count(const ccq_encode_params * params, const job * j) {
 
 /* Run the job on n threads, this one among them; on fewer where memory or threads are short. */
 static ccq_status run_job(job * j, int32_t n) {
-    const int trellis = j->index < CCQ_FIRST_PAPER_INDEX;
+    const int trellis = j->stock == NULL && j->index < CCQ_FIRST_PAPER_INDEX;
     worker workers[MAX_THREADS];
     pthread_t threads[MAX_THREADS];
     int32_t ready = 0;
@@ -144,8 +149,9 @@ ccq_status ccq_encode(int32_t type, const float * weights, int64_t n_rows, int64
     job j = {.weights = weights, .n_cols = n_cols, .blocks = blocks, .index = ccq_type_index(type)};
     const ccq_status status = ccq_active_kernels(&j.kernels);
     if (status != CCQ_OK) { return status; }
-    if (j.index < 0) { return CCQ_ERR_TYPE; }
-    j.type = ccq_type(type);
+    j.stock = ccq_stock_type(type);
+    if (j.index < 0 && j.stock == NULL) { return CCQ_ERR_TYPE; }
+    j.type = j.stock != NULL ? ccq_stock_info(j.stock) : ccq_type(type);
     int64_t total = 0;
     if (n_rows < 0 || n_cols < 0 || __builtin_mul_overflow(n_rows, n_cols, &total)) { return CCQ_ERR_ARGUMENT; }
     if (params != NULL) {
@@ -156,7 +162,10 @@ ccq_status ccq_encode(int32_t type, const float * weights, int64_t n_rows, int64
         j.coupling = params->coupling;
         if (j.importance_stride < 0) { return CCQ_ERR_ARGUMENT; }
         if (j.effort < CCQ_EFFORT_DEFAULT || j.effort > CCQ_EFFORT_BEST) { return CCQ_ERR_ARGUMENT; }
-        if ((j.scales != NULL || j.coupling != NULL) && j.index >= CCQ_FIRST_PAPER_INDEX) { return CCQ_ERR_ARGUMENT; }
+        const int paper = j.index >= CCQ_FIRST_PAPER_INDEX;
+        if ((j.scales != NULL && (paper || j.stock != NULL)) || (j.coupling != NULL && paper)) {
+            return CCQ_ERR_ARGUMENT;
+        }
     }
     if (n_cols % j.type->block_weights) { return CCQ_ERR_ROW_LENGTH; }
     if (total == 0) { return CCQ_OK; }

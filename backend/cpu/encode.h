@@ -59,6 +59,20 @@ void ccq_encode_trellis_block(const struct ccq_kernels * kernels, ccq_trellis * 
 /* The scale byte that means exactly `scale`, or -1. */
 int32_t ccq_trellis_scale_byte(float scale);
 
+/* --- llama.cpp's types of 4 and 5 bits (encode_stock.c) ----------------------------------------------------------- */
+
+enum { CCQ_STOCK_WEIGHTS = 32 };
+
+typedef struct ccq_stock ccq_stock;
+
+/* The type with this id, or NULL. */
+const ccq_stock * ccq_stock_type(int32_t gguf_id);
+const ccq_type_info * ccq_stock_info(const ccq_stock * type);
+
+/* Encode a block; w, coupling and effort as in ccq_encode_trellis_block. */
+void ccq_encode_stock_block(const ccq_stock * type, const float * x, const float * w, const float * coupling,
+                            int32_t effort, uint8_t * block);
+
 /* --- P types (encode_paper.c) ------------------------------------------------------------------------------------- */
 
 enum { CCQ_PAPER_LANES = 16, CCQ_P2_STATES = 256, CCQ_P2_WORDS = CCQ_GROUP / CCQ_P2_WORD_WEIGHTS };

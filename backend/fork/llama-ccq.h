@@ -18,7 +18,7 @@
 #define LLAMA_CCQ_MIXTURES(X)                                                                                          \
     X(T1_5_M, CCQ_T1_5, CCQ_T2, CCQ_T3)                                                                                \
     X(T2_M, CCQ_T2, CCQ_T2_5, CCQ_T3)                                                                                  \
-    X(T2_5_M, CCQ_T2_5, CCQ_T3, Q4_0)                                                                                  \
+    X(T2_5_M, CCQ_T2_5, CCQ_T3, IQ4_NL)                                                                                \
     X(T3_M, CCQ_T3, CCQ_T3, Q5_0)
 
 struct llama_ccq_scheme {
@@ -67,7 +67,7 @@ inline const char * llama_ccq_ftype_name(llama_ftype ftype) {
 inline ggml_type llama_ccq_tensor_type(llama_ftype ftype, const ggml_tensor * tensor, int n_layer, int n_expert,
                                        int n_gqa, bool tied) {
     static constexpr ggml_type ladder[] = {GGML_TYPE_CCQ_T1_5, GGML_TYPE_CCQ_T2, GGML_TYPE_CCQ_T2_5, GGML_TYPE_CCQ_T3,
-                                           GGML_TYPE_Q4_0,     GGML_TYPE_Q5_0,   GGML_TYPE_Q8_0};
+                                           GGML_TYPE_IQ4_NL,   GGML_TYPE_Q5_0,   GGML_TYPE_Q8_0};
     const llama_ccq_scheme scheme = llama_ccq_scheme_of(ftype);
     const std::string name = tensor->name;
     const auto ends_with = [&name](const char * suffix) {

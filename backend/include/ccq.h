@@ -66,13 +66,14 @@ typedef struct ccq_encode_params {
     const float * importance;  /* weights of the squared error, >= 0; NULL: all ones */
     int64_t importance_stride; /* floats from one row's importance to the next; 0: all rows share n_cols values */
     const float * scales; /* T types only: fixes each block's scale (n_rows * n_cols / block_weights); NULL: searched */
-    int32_t effort;       /* a ccq_effort: how far the T types' encoder searches; P types have one way */
-    const float * coupling; /* T types only: a matrix for each block of a row, see ccq_encode; NULL: none */
+    int32_t effort;       /* a ccq_effort: how far the encoder searches; P types have one way */
+    const float * coupling; /* not P types: a matrix for each block of a row, see ccq_encode; NULL: none */
 } ccq_encode_params;
 
-/* Encode an n_rows x n_cols row-major matrix so that sum(importance * (w - decoded)^2) is small.  The bytes do not
- * depend on n_threads nor on the kernel set.  blocks receives n_rows * n_cols / block_weights * block_bytes bytes.
- * params may be NULL.
+/* Encode an n_rows x n_cols row-major matrix so that sum(importance * (w - decoded)^2) is small.  `type` may also be
+ * one of ggml's Q4_0 (2), Q5_0 (6) and IQ4_NL (20), which mixtures have beside ours.  The bytes do not depend on
+ * n_threads nor on the kernel set.  blocks receives n_rows * n_cols / block_weights * block_bytes bytes. params may be
+ * NULL.
  *
  * With a coupling, the row e of the errors w - decoded of the i-th block of every row of the matrix counts as
  * sum(importance * (e + e U)^2) instead, U being the i-th row-major matrix of block_weights x block_weights: what

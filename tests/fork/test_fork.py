@@ -25,6 +25,7 @@ from ccq_converters.inspect import inspect
 from ccq_converters.integrate import FAMILIES
 from ccq_converters.options import QuantOptions
 from ccq_converters.quantize import quantize
+from ccq_format import stock
 from ccq_format.errors import TensorTypeError
 from ccq_format.gguf_io import ModelWriter, open_model
 from ccq_format.layouts import LAYOUTS
@@ -177,9 +178,8 @@ def models(source: Path, wide: Path) -> Models:
 
 
 def data(tree: Tree, path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Type, shape and bytes of every tensor; not the bytes where the tree has an encoder of its own: ik_llama.cpp for
-    q4_0 and q5_0."""
-    own = ("q4_0", "q5_0") if tree.ik else ()
+    """Type, shape and bytes of every tensor; not the bytes of llama.cpp's types that we encode in another way."""
+    own = [kind.name for kind in stock.TYPES]
     return {
         t.name: (t.type_name, t.shape, b"" if t.type_name in own else t.stored_rows(0, t.n_rows).tobytes())
         for t in open_model(path).tensors
