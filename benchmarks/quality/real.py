@@ -67,6 +67,7 @@ CTX, CALIBRATION = 512, 128
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STOCK_FILE, STOCK_PADDED, IK_PADDED = "llama.cpp file", "llama.cpp padded", "ik_llama.cpp padded"
+STOCK_OURS = "llama.cpp's type by ccq"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,10 @@ def recipes() -> Iterator[Recipe]:
     ):
         for name in names:  # no fallback: SmolLM2's rows of 576 are no whole blocks of CCQ_T1
             yield Recipe(f"ccq_{name}", T_TYPES, setting, {"type": f"ccq_{name}", "fallback": False})
-    for name in ("q2_k", "iq2_s", "iq3_s", "iq2_xxs", "iq3_xxs", "q3_k", "iq1_s", "iq1_m"):
+    for setting in (IMATRIX, HESSIAN):
+        for name in ("iq4_nl", "q5_0"):
+            yield Recipe(name, STOCK_OURS, setting, {"type": name})
+    for name in ("q2_k", "iq2_s", "iq3_s", "iq2_xxs", "iq3_xxs", "q3_k", "iq1_s", "iq1_m", "iq4_nl", "q5_0"):
         yield Recipe(f"{name}_padded", STOCK_PADDED, IMATRIX)
     for name in ("iq2_kt", "iq3_kt", "iq2_k", "iq2_kl"):
         yield Recipe(f"{name}_padded", IK_PADDED, IMATRIX)
@@ -281,7 +285,7 @@ class Bench:
             setting=recipe.setting,
             type=recipe.name,
             family=recipe.family,
-            effort=self.effort if recipe.family in (T_TYPES, TARGETS) else "",
+            effort=self.effort if recipe.family in (T_TYPES, TARGETS, STOCK_OURS) else "",
             matrix_bpw=8 * nbytes / weights,
             file_bpw=8 * size / sum(t.n_weights for t in model.tensors),
             file_bytes=size,
@@ -332,11 +336,12 @@ def by_size(rows: dict[str, Row]) -> str:
 def by_width(rows: dict[str, Row]) -> str:
     """Markdown: all files of one type, by bits per weight of the matrices."""
     lines = ["| type | bits/weight | data | perplexity | KL divergence | same top |", "|---|---:|---|---:|---:|---:|"]
-    families = {T_TYPES: "", STOCK_PADDED: "llama.cpp's ", IK_PADDED: "ik_llama.cpp's "}
+    families = {T_TYPES: "", STOCK_OURS: "", STOCK_PADDED: "llama.cpp's ", IK_PADDED: "ik_llama.cpp's "}
     for row in sorted(rows.values(), key=lambda r: (r.matrix_bpw, r.kld)):
         if row.family in families:
             name = families[row.family] + row.type.removesuffix("_padded").upper()
             name = f"**{name}**" if row.family == T_TYPES else name
+            name = f"**{name} by ccq-convert**" if row.family == STOCK_OURS else name
             lines.append(
                 f"| {name} | {row.matrix_bpw:.4g} | {row.setting} | {row.ppl:.2f} "
                 f"| {row.kld:.3f} ± {row.kld_stderr:.3f} | {100 * row.top1:.1f} % |"
