@@ -176,6 +176,39 @@ static void encode(const ccq_type_info * type) {
     free(weights);
 }
 
+/* The scale of a block of llama.cpp's types must be finite: exponent 31 of a half is not. */
+static void encode_stock(const ccq_type_info * ours) {
+    static const struct {
+        int32_t id;
+        int bytes;
+    } types[] = {{2, 18}, {6, 22}, {20, 18}};
+    const int which = below(3), size = 32;
+    const int64_t n_rows = 1 + below(3), n_cols = (1 + below(4)) * size, n_blocks = n_rows * n_cols / size;
+    const size_t bytes = (size_t)(n_blocks * types[which].bytes);
+    float * weights = numbers(n_rows * n_cols, FINITE, 1);
+    float * importance = below(3) ? numbers(n_cols, FINITE, 0) : NULL;
+    float * coupling = below(2) ? numbers(n_cols * size, FINITE, 1) : NULL;
+    for (int64_t i = 0; coupling != NULL && i < n_cols * size; i++) {
+        if (i % size <= i / size % size) { coupling[i] = 0.0f; }
+    }
+    const ccq_encode_params params = {
+        .n_threads = 1 + below(3), .effort = below(3), .importance = importance, .coupling = coupling};
+    uint8_t * blocks = memory(bytes);
+    require(ccq_encode(types[which].id, weights, n_rows, n_cols, &params, blocks) == CCQ_OK, "encode a stock type");
+    for (int64_t i = 0; i < n_blocks; i++) {
+        require((blocks[i * types[which].bytes + 1] & 0x7c) != 0x7c, "the scale of a stock type");
+    }
+    require(ccq_encode(types[which].id, weights, 1, n_cols - 1 - below(31), NULL, blocks) == CCQ_ERR_ROW_LENGTH,
+            "half a block of a stock type");
+    require(ccq_decode(types[which].id, blocks, size, weights) == CCQ_ERR_TYPE, "decode a stock type");
+    digest(ours->name, strlen(ours->name));
+    digest(blocks, bytes);
+    free(blocks);
+    free(coupling);
+    free(importance);
+    free(weights);
+}
+
 static int32_t * random_index(int64_t n, int repeats) {
     if (below(2)) { return NULL; }
     int32_t * index = memory((size_t)n * sizeof *index);
@@ -268,8 +301,8 @@ int main(int argc, char ** argv) {
     static const struct {
         const char * name;
         void (*run)(const ccq_type_info * type);
-    } operations[] = {
-        {"decode", decode}, {"encode", encode}, {"encode", encode}, {"multiply", multiply}, {"refuse", refuse}};
+    } operations[] = {{"decode", decode},     {"encode", encode}, {"encode", encode},
+                      {"multiply", multiply}, {"refuse", refuse}, {"encode_stock", encode_stock}};
     const ccq_type_info * types[256];
     int n_types = 0;
     if (argc != 3) { return 2; }

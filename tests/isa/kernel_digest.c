@@ -227,6 +227,27 @@ static void encode(const ccq_type_info * type) {
     }
 }
 
+static void encode_stock(const ccq_type_info * type) {
+    static float coupling[8 * CCQ_STOCK_WEIGHTS * CCQ_STOCK_WEIGHTS];
+    const int n_blocks = 8, size = CCQ_STOCK_WEIGHTS, n = n_blocks * size;
+    const size_t bytes = (size_t)(ENCODE_ROWS * n_blocks * type->block_bytes);
+    ccq_encode_params params = {.n_threads = 1};
+    random_weights(values, n);
+    random_importance(importance, ENCODE_ROWS * n);
+
+    check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
+    digest(type->name, "encode", n_blocks, blocks, bytes);
+    params.importance = importance;
+    params.importance_stride = n;
+    params.effort = CCQ_EFFORT_BEST;
+    check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
+    digest(type->name, "encode_weighted", n_blocks, blocks, bytes);
+    for (int i = 0; i < n * size; i++) { coupling[i] = i % size > i / size % size ? 0.25f * random_value() : 0.0f; }
+    params.coupling = coupling;
+    check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
+    digest(type->name, "encode_coupled", n_blocks, blocks, bytes);
+}
+
 /* Every metric of every step, which the encoder's bytes show only where they change the way.  Factors of all three
  * ways to write a cost (ccq_step_cost), values up to their bounds. */
 static void viterbi(const ccq_kernels * kernels, const ccq_type_info * type) {
@@ -275,6 +296,11 @@ static int run_set(const char * name) {
         encode(type);
         if (ccq_type_index(ids[t]) <= CCQ_INDEX_T3) { viterbi(kernels, type); }
         fflush(stdout);
+    }
+    static const int32_t stock[] = {2, 6, 20};
+    for (size_t t = 0; t < sizeof stock / sizeof stock[0]; t++) {
+        random_state = 2000 + t;
+        encode_stock(ccq_stock_info(ccq_stock_type(stock[t])));
     }
     printf("end %s %d\n", set_name, lines);
     fflush(stdout);
