@@ -1,11 +1,14 @@
 """CRVQ's learned codebooks and relaxed channels (arXiv 2412.09282) beside a trellis at about one bit per weight.
 
     python benchmarks/codes/crvq.py MODEL.gguf HESSIAN.safetensors TENSOR...
+    python benchmarks/codes/crvq.py MODEL.gguf HESSIAN.safetensors --write OUT.gguf [--relaxed]
 
 MODEL is an f32, f16 or bf16 file, HESSIAN that of ``ccq-convert calibrate --hessian``.  Prints what the first 16 rows
-of each tensor lose, ``tr(E H E^T) / tr(W H W^T)``, and the bits per weight without codebooks and permutations.  All
-codes get the same error feedback (converters/feedback.py), between groups of 64 columns for the trellis, of 8 for CRVQ,
-which also weighs the errors inside a group exactly; every row has one scale, of 16 bits.
+of each tensor lose, ``tr(E H E^T) / tr(W H W^T)``, and the bits per weight without codebooks and permutations; or
+writes the model with all matrices but the embedding as they are decoded from one codebook (``vq``) or, with
+``--relaxed``, ``crvq``, for ``ccq-convert eval``.  All codes get the same error feedback (converters/feedback.py),
+between groups of 64 columns for the trellis, of 8 for CRVQ, which also weighs the errors inside a group exactly; every
+row has one scale, of 16 bits.
 
     vq           one codebook of 256 vectors of 8, weighted k-means: one byte for 8 weights
     crvq         the 1/32 of the channels that lose most in front, with three more codebooks on what is left
@@ -25,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccq_converters.hessian import Hessians
-from ccq_format.gguf_io import open_model
+from ccq_format.gguf_io import Model, ModelWriter, open_model
 from ccq_format.layouts import GROUP, Layout, TrellisCode, by_name
 from ccq_format.trellis import levels, viterbi
 
@@ -48,7 +51,7 @@ def feed_back(w: F64, upper: F64, size: int, encode: object) -> F64:
     for first in range(0, w.shape[1], size):
         stop = first + size
         out[:, first:stop] = encode(target[:, first:stop], first)  # type: ignore[operator]
-        target[:, stop:] = w[:, stop:] + (w[:, :stop] - out[:, :stop]) @ upper[:stop, stop:]
+        target[:, stop:] += (w[:, first:stop] - out[:, first:stop]) @ upper[first:stop, stop:]
     return w - out
 
 
@@ -82,13 +85,15 @@ def k_means(w: F64, column_weights: F64, rng: np.random.Generator, rounds: int =
     return book
 
 
-def crvq(w: F64, h: F64, extra: int, scored: int) -> tuple[float, float]:
-    """Loss and bits with ``extra`` more codebooks for the most important channels."""
+def crvq(w: F64, h: F64, extra: int, scored: int, learned: int | None = None) -> tuple[F64, float]:
+    """Errors of the first ``scored`` rows and bits with ``extra`` more codebooks for the most important channels.
+    Codebooks are learned from ``learned`` rows, evenly spread."""
     rng = np.random.default_rng(0)
     scale = np.sqrt((w**2).mean(axis=1, keepdims=True))
     x, order, few = w / scale, np.arange(w.shape[1]), 0
     d = factors(h)[1]
-    books = [k_means(x, d, rng)]
+    step = 1 if learned is None else -(-len(x) // learned)
+    books = [k_means(x[::step], d, rng)]
     if extra:
         few = round(w.shape[1] / 32 / VECTOR) * VECTOR
         vectors, weights = x.reshape(-1, VECTOR), np.broadcast_to(d, x.shape).reshape(-1, VECTOR)
@@ -97,11 +102,11 @@ def crvq(w: F64, h: F64, extra: int, scored: int) -> tuple[float, float]:
         order = np.concatenate([by_loss[:few], np.sort(by_loss[few:])])
         x, h = x[:, order], h[np.ix_(order, order)]
         d = factors(h)[1]
-        books = [k_means(x, d, rng)]
+        books = [k_means(x[::step], d, rng)]
         vectors, weights = x.reshape(-1, VECTOR), np.broadcast_to(d, x.shape).reshape(-1, VECTOR)
         rest = (x - books[0][assign(vectors, weights, books[0])].reshape(x.shape))[:, :few]
         for _ in range(extra):
-            books.append(k_means(rest, d[:few], rng))
+            books.append(k_means(rest[::step], d[:few], rng))
             flat = np.broadcast_to(d[:few], rest.shape).reshape(-1, VECTOR)
             rest = rest - books[-1][assign(rest.reshape(-1, VECTOR), flat, books[-1])].reshape(rest.shape)
     upper, d = factors(h)
@@ -125,8 +130,9 @@ def crvq(w: F64, h: F64, extra: int, scored: int) -> tuple[float, float]:
         total: F64 = np.sum(parts, axis=0)
         return total
 
-    error = feed_back(x[:scored], upper, VECTOR, encode) * scale[:scored]
-    return loss(error, h), 1 + extra * few / w.shape[1] + 16 / w.shape[1]
+    error = np.empty_like(x[:scored])
+    error[:, order] = feed_back(x[:scored], upper, VECTOR, encode) * scale[:scored]
+    return error, 1 + extra * few / w.shape[1] + 16 / w.shape[1]
 
 
 # --- the trellis ------------------------------------------------------------------------------------------------------
@@ -177,27 +183,62 @@ def loss(error: F64, h: F64) -> float:
     return float(((error @ h) * error).sum())
 
 
+def crvq_loss(w: F64, h: F64, extra: int, scored: int) -> tuple[float, float]:
+    """Loss and bits of :func:`crvq`."""
+    error, bits = crvq(w, h, extra, scored)
+    return loss(error, h), bits
+
+
+def hessian(products: Hessians, name: str, n: int) -> F64:
+    """A matrix's Hessian with a mean of 1 on the diagonal, shrunk towards it."""
+    h = products.product(name, 1, n, 0)[0].astype(float)
+    h /= np.diagonal(h).mean()
+    return np.asarray((1 - SHRINKAGE) * h + SHRINKAGE * np.diag(np.diagonal(h)), float)
+
+
+def write(source: Model, products: Hessians, out: Path, extra: int, learned: int) -> None:
+    """The model with its matrices, but the embedding, as they are decoded."""
+    with ModelWriter(out, "", overwrite=True) as writer:
+        writer.copy_metadata(source)
+        for tensor in source.tensors:
+            writer.add_tensor(tensor.name, tensor.type_name, tensor.shape)
+        writer.begin()
+        with click.progressbar(source.tensors) as bar:
+            for tensor in bar:
+                if tensor.name not in products or tensor.name == "token_embd.weight":
+                    writer.write(tensor.name, tensor.stored_rows(0, tensor.n_rows))
+                    continue
+                w = tensor.dequantize().astype(float)
+                error, _ = crvq(w, hessian(products, tensor.name, w.shape[1]), extra, len(w), learned)
+                dtype = np.float16 if tensor.type_name == "f16" else np.float32
+                writer.write(tensor.name, (w - error).astype(dtype).view(np.uint8))
+
+
 @click.command()
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
-@click.argument("hessian", type=click.Path(exists=True, path_type=Path))
-@click.argument("tensors", nargs=-1, required=True)
+@click.argument("hessian_file", metavar="HESSIAN", type=click.Path(exists=True, path_type=Path))
+@click.argument("tensors", nargs=-1)
 @click.option("--rows", default=16, show_default=True, help="Rows that are encoded.")
 @click.option("--learned", default=192, show_default=True, help="Rows that codebooks are learned from.")
-def main(model: Path, hessian: Path, tensors: tuple[str, ...], rows: int, learned: int) -> None:
+@click.option("--write", "out", type=click.Path(path_type=Path), help="Write the whole model instead (f32 or f16).")
+@click.option("--relaxed", is_flag=True, help="With --write: more codebooks for the most important channels.")
+def main(
+    model: Path, hessian_file: Path, tensors: tuple[str, ...], rows: int, learned: int, out: Path | None, relaxed: bool
+) -> None:
     """Compare the codes on the first rows of tensors."""
-    source, products = open_model(model), Hessians(hessian)
+    source, products = open_model(model), Hessians(hessian_file)
+    if out is not None:
+        write(source, products, out, 3 if relaxed else 0, learned)
     spread = (2, *(1,) * 15) * 4
     for name in tensors:
         all_rows = source.tensor(name).dequantize()[:learned].astype(float)
         w = all_rows[:rows]
-        h = products.product(name, 1, w.shape[1], 0)[0].astype(float)
-        h /= np.diagonal(h).mean()
-        h = (1 - SHRINKAGE) * h + SHRINKAGE * np.diag(np.diagonal(h))
+        h = hessian(products, name, w.shape[1])
         whole = loss(w, h)
         click.echo(f"{name}  {len(all_rows)} x {w.shape[1]}")
         for label, result in (
-            ("vq", partial(crvq, all_rows, h, 0, rows)),
-            ("crvq", partial(crvq, all_rows, h, 3, rows)),
+            ("vq", partial(crvq_loss, all_rows, h, 0, rows)),
+            ("crvq", partial(crvq_loss, all_rows, h, 3, rows)),
             ("stride 1", partial(trellis, w, h, (1,) * GROUP, False)),
             ("spread", partial(trellis, w, h, spread, False)),
             ("relaxed", partial(trellis, w, h, (2,) * 4 + (1,) * 60, True)),
