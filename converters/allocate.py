@@ -136,7 +136,7 @@ class _Allocated:
 def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
     """For every tensor the index of one of its types, such that the costs add up to ``budget`` at most.
 
-    ``costs[t]`` is increasing; a loss that is not finite rules its type out, unless it is the first.  Every tensor
+    ``costs[t]`` never falls; a loss that is not finite rules its type out, unless it is the first.  Every tensor
     starts with its cheapest type.  Steps along the lower convex hull of its (cost, loss) points are taken in the order
     of what they gain per byte as long as they fit, which is optimal (a Lagrange multiplier's solution) up to the first
     that does not; smaller ones fill what is left then.  The sum of losses is above the optimum by less than the gain of
@@ -173,6 +173,8 @@ def _hull(costs: Sequence[int], losses: Sequence[float]) -> list[int]:
     for i in range(1, len(costs)):
         if not losses[i] < losses[hull[-1]]:
             continue
+        if costs[i] == costs[hull[-1]]:
+            hull.pop()
         while len(hull) > 1:
             a, b = hull[-2], hull[-1]
             if (losses[b] - losses[a]) * (costs[i] - costs[b]) < (losses[i] - losses[b]) * (costs[b] - costs[a]):
@@ -459,7 +461,7 @@ def compared(
     does."""
     free = choosable(sources, options)
     types = {tensor.source.name: tensor.type for tensor in plan.tensors}
-    ladders = [sorted({*LADDER, types[s.name]}, key=_bpw) for s in free]
+    ladders = [sorted({*LADDER, types[s.name]}, key=lambda name: (_bpw(name), name)) for s in free]
     choices, unit = completed(list(_measured(free, options, advance, ladders)))
     losses = {c.source.name: (c.losses or ())[c.types.index(types[c.source.name])] for c in choices}
     tensors = [replace(t, loss=losses.get(t.source.name)) for t in plan.tensors]

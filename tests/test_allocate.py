@@ -37,9 +37,9 @@ Curve = tuple[list[int], list[float]]
 
 @st.composite
 def curves(draw: st.DrawFn) -> Curve:
-    """Increasing costs with arbitrary losses, now and then infinite."""
+    """Costs that never fall with arbitrary losses, now and then infinite."""
     n = draw(st.integers(1, 4))
-    steps = draw(st.lists(st.integers(1, 40), min_size=n, max_size=n))
+    steps = draw(st.lists(st.integers(1, 40) | st.just(0), min_size=n, max_size=n))
     loss = st.floats(0, 100, allow_subnormal=False) | st.integers(0, 5).map(float)
     losses = draw(st.lists(loss, min_size=n, max_size=n))
     if n > 1 and draw(st.integers(0, 9)) == 0:
@@ -57,7 +57,7 @@ def lagrangian_bound(tensors: Sequence[Curve], budget: int) -> float:
     slopes = {0.0}
     for costs, losses in tensors:
         for a, b in itertools.combinations(range(len(costs)), 2):
-            if math.isfinite(losses[b]):
+            if math.isfinite(losses[b]) and costs[a] < costs[b]:
                 slopes.add(max(0.0, (losses[a] - losses[b]) / (costs[b] - costs[a])))
     return max(
         sum(min(v + s * c for c, v in zip(costs, losses, strict=True)) for costs, losses in tensors) - s * budget
@@ -106,6 +106,9 @@ def test_a_budget_on_the_hull_is_met_exactly() -> None:
     # A point above the hull is passed over, as is one that loses more for more bytes.
     assert choose([[10, 20, 30]], [[1.0, 0.9, 0.1]], 25) == [0]
     assert choose([[10, 20, 30]], [[1.0, 2.0, math.inf]], 1000) == [0]
+    # Of two that cost the same the better one counts, and the first if they are equal.
+    assert choose([[10, 20, 20, 30]], [[1.0, 0.4, 0.3, 0.1]], 25) == [2]
+    assert choose([[10, 10, 20]], [[1.0, 0.5, 0.5]], 25) == [1]
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
