@@ -26,7 +26,7 @@ from .collect import BATCH, calibrate_file, calibrate_gguf
 from .console import format_bytes, progress_bar
 from .conversion import Conversion
 from .convert import write_model
-from .data import lacks_data
+from .data import lacks_data, wants_data
 from .evaluate import read_text
 from .hessian import Hessians
 from .host import free_memory
@@ -115,9 +115,10 @@ class _Wanted:
 def _wanted(sources: list[TensorSource], options: QuantOptions) -> _Wanted:
     hessians = options.feedback and options.hessian is None
     if options.type is not None:
-        lacking = bool(lacks_data(make_plan(sources, options)))
+        plan = make_plan(sources, options)
+        hessians = hessians and any(map(wants_data, plan.tensors))
         without = options.imatrix is None and (hessians or options.hessian is None)
-        return _Wanted(lacking and without, False, lacking and hessians)
+        return _Wanted(without and (hessians or bool(lacks_data(plan))), False, hessians)
     data = options.imatrix
     return _Wanted(data is None, data is None or not data.knows_losses, hessians)
 

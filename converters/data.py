@@ -7,11 +7,11 @@ import logging
 from ccq_format.errors import ImportanceError, PlanError
 
 from . import borrow
+from .encode import encodable
 from .hessian import Hessians
 from .imatrix import Importance
 from .plan import Plan, PlannedTensor
 from .rules import is_vocabulary
-from .target_types import is_ccq
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ channels of real models carry most of the signal, and errors that count alike wa
 
 def lacks_data(plan: Plan) -> list[PlannedTensor]:
     """The matrices that get fewer than ``NEEDS_DATA`` bits per weight: they need to know which inputs matter."""
-    return [t for t in plan.tensors if _wants_data(t) and 8 * t.nbytes < NEEDS_DATA * t.source.n_weights]
+    return [t for t in plan.tensors if wants_data(t) and 8 * t.nbytes < NEEDS_DATA * t.source.n_weights]
 
 
 USELESS_WITHOUT_DATA = 1.5
@@ -35,7 +35,7 @@ USELESS_WITHOUT_DATA = 1.5
 def refuse_without_data(plan: Plan, force: bool) -> None:
     """Raise ``PlanError`` if a matrix gets fewer than ``USELESS_WITHOUT_DATA`` bits per weight, unless ``force``."""
     for t in plan.tensors:
-        if not force and _wants_data(t) and 8 * t.nbytes < USELESS_WITHOUT_DATA * t.source.n_weights:
+        if not force and wants_data(t) and 8 * t.nbytes < USELESS_WITHOUT_DATA * t.source.n_weights:
             raise PlanError(
                 f"{t.type} is of no use without importance data: run `ccq-convert calibrate` first and give its files "
                 "with --imatrix and --hessian (or insist with --force)",
@@ -57,17 +57,17 @@ def warn_without_data(plan: Plan) -> None:
 
 
 def check_importance(plan: Plan, importance: Importance) -> None:
-    """Match an importance file with the tensors that get a CCQ type.  Warns, a line each, of those that take another
+    """Match an importance file with the tensors whose types it helps.  Warns, a line each, of those that take another
     tensor's importance, of those for which it is estimated, of those without any, and of experts hit rarely.
 
     Raises ``ImportanceError`` if no tensor has an entry of its own or of a tensor with the same input, or if an entry
     has another shape than its tensor.
     """
     tied = all(t.source.name != "output.weight" for t in plan.tensors)
-    wanted = {t.source.name: t.source for t in plan.tensors if _wants_data(t) or _is_output(t, tied)}
+    wanted = {t.source.name: t.source for t in plan.tensors if wants_data(t) or _is_output(t, tied)}
     found = {name: source.matrices for name, source in wanted.items() if name in importance}
     if not wanted:
-        log.warning("%s: not used, because no tensor gets a CCQ type", importance.file)
+        log.warning("%s: not used, because it helps none of the types that tensors get", importance.file)
         return
     if all(name in importance.estimated for name in found):
         raise ImportanceError(
@@ -92,26 +92,28 @@ def check_importance(plan: Plan, importance: Importance) -> None:
         log.warning(report)
 
 
-def _wants_data(tensor: PlannedTensor) -> bool:
-    """Whether a tensor needs data to be encoded well: not an embedding, whose rows are looked up, nor the output
-    matrix, which is left out of the data by default."""
-    return is_ccq(tensor.type) and not tensor.copied and not is_vocabulary(tensor.source.name)
+def wants_data(tensor: PlannedTensor) -> bool:
+    """Whether a tensor is encoded better with data: not an embedding, whose rows are looked up, nor the output matrix,
+    which is left out of the data by default."""
+    return encodable(tensor.type) is not None and not tensor.copied and not is_vocabulary(tensor.source.name)
 
 
 def _is_output(tensor: PlannedTensor, tied: bool) -> bool:
-    """Whether a tensor is the output matrix, in a CCQ type."""
-    return is_ccq(tensor.type) and tensor.source.name == ("token_embd.weight" if tied else "output.weight")
+    """Whether a tensor is the output matrix, in a type that data helps."""
+    return encodable(tensor.type) is not None and tensor.source.name == (
+        "token_embd.weight" if tied else "output.weight"
+    )
 
 
 def check_hessians(plan: Plan, hessians: Hessians) -> None:
-    """Match a Hessian file with the tensors that get a CCQ type: warn of those without a Hessian (one line).
+    """Match a Hessian file with the tensors whose types it helps: warn of those without a Hessian (one line).
 
     Raises ``ImportanceError`` if no tensor has one.
     """
-    wanted = [t.source.name for t in plan.tensors if _wants_data(t)]
+    wanted = [t.source.name for t in plan.tensors if wants_data(t)]
     missing = [name for name in wanted if name not in hessians]
     if not wanted:
-        log.warning("%s: not used, because no tensor gets a CCQ type", hessians.file)
+        log.warning("%s: not used, because it helps none of the types that tensors get", hessians.file)
     elif len(missing) == len(wanted):
         raise ImportanceError(
             f"has no Hessian of any of the {len(wanted)} tensors to encode (such as '{wanted[0]}'): it belongs to "

@@ -24,7 +24,7 @@ class QuantOptions:
     threads: int = 0
     """<= 0: one per CPU."""
     effort: str = "default"
-    """How far the T types' encoder searches (``ccq_backend.EFFORTS``)."""
+    """How far the encoder searches (``ccq_backend.EFFORTS``)."""
     device: str = "cpu"
     """Where it does, ``"cpu"`` or ``"cuda"``."""
     fallback: bool = True
@@ -36,7 +36,7 @@ class QuantOptions:
     force: bool = False
     """Take types that make no sense without importance data all the same."""
     imatrix: Importance | None = None
-    """Weights the errors of the CCQ types."""
+    """Weights the errors of the types that are searched (``encode.encodable``)."""
     hessian: Hessians | None = None
     """Its matrices are encoded with error feedback."""
     target_bpw: float | None = None

@@ -493,7 +493,7 @@ def test_embedding_and_output_are_chosen_by_their_losses(model: Path, tmp_path: 
     assert {types_of(tmp_path / "o.gguf")[name] for name in vocabulary} == {"q8_0"}
 
 
-@pytest.mark.parametrize("kind", ["t2_m", "p2", "q8_0"])
+@pytest.mark.parametrize("kind", ["t2_m", "p2", "q4_0", "q8_0"])
 def test_what_a_type_loses_beside_a_plan_of_its_size(model: Path, tmp_path: Path, kind: str) -> None:
     data = write_data(tmp_path / "data.gguf")
     result = run("quantize", model, "--type", kind, "--imatrix", data, "--threads", 1, "--dry-run")

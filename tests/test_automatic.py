@@ -118,7 +118,8 @@ def test_one_command_gives_what_two_give(
         ("--type f16", False),
         ("--type t2 --no-calibration", False),
         ("--type t2 --imatrix {data}", False),
-        ("--type q4_0 --hessian auto", False),
+        ("--type q4_0 --hessian auto", True),
+        ("--type q8_0 --hessian auto", False),
     ],
 )
 def test_which_conversions_calibrate(stored: Path, folder: Path, settings: str, calibrates: bool) -> None:

@@ -568,7 +568,7 @@ def test_plain_types_do_not_use_it(model: Path, tmp_path: Path) -> None:
     path = write_imatrix(tmp_path / "i.gguf", usual())
     result = run("quantize", model, "-o", tmp_path / "out.gguf", "--type", "f16", "--imatrix", path)
     assert result.exit_code == 0
-    assert result.stderr == f"Warning: {path}: not used, because no tensor gets a CCQ type\n"
+    assert result.stderr == f"Warning: {path}: not used, because it helps none of the types that tensors get\n"
     assert not any(key.startswith("quantize.") for key in open_model(tmp_path / "out.gguf").fields)
 
 

@@ -9,16 +9,16 @@
 
 #include "encode.h"
 
-enum { WEIGHTS = CCQ_STOCK_WEIGHTS, HALF = WEIGHTS / 2, LANES = 16, TABLE = 16 };
+enum { WEIGHTS = CCQ_STOCK_WEIGHTS, HALF = WEIGHTS / 2, TABLE = 16 };
 
-/* Scales relative to that at which the largest weight meets the last level on its side: 3 steps below it to 5 above. */
-enum { STEPS = LANES / 2, STEPS_BELOW = 3 };
+/* Scales are tried from 3 steps below that at which the largest weight meets the first or the last level to 5 above. */
+enum { STEPS = 8, STEPS_BELOW = 3, LANES = 2 * STEPS };
 
 struct ccq_stock {
     ccq_type_info info;
     float first, last;    /* levels */
     const int8_t * table; /* increasing, TABLE of them; NULL: all integers from first to last */
-    float step;
+    float step;           /* of scales, relative to that scale */
 };
 
 static const int8_t NONLINEAR[TABLE] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
