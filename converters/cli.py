@@ -169,9 +169,9 @@ def _quant_options(command: _F) -> _F:
         click.option(
             "--imatrix",
             type=click.Path(path_type=Path),
-            help="Importance file that weights the errors of ours and of q4_0, q5_0 and iq4_nl: from 'ccq-convert calibrate' or "
-            "llama.cpp's llama-imatrix (GGUF or the older binary form).  [measured on a text if a type has under 4 "
-            "bits]",
+            help="Importance file that weights the errors of the CCQ types, q4_0, q5_0 and iq4_nl: from 'ccq-convert "
+            "calibrate' or llama.cpp's llama-imatrix (GGUF or the older binary form).  [measured on a text if a type "
+            "has under 4 bits]",
         ),
         click.option(
             "--hessian",
