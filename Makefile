@@ -19,7 +19,7 @@ demo: .venv/.llama ## convert the bundled model, compare types, print a table
 	$(BIN)/python examples/demo.py
 
 test: .venv/.test ## the test suite
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest
 
 test-slow: .venv/.test ## statistics on 10^6 weights, long fuzzing, memory of a 2 GB model
 	$(BIN)/pytest -m slow

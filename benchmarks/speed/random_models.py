@@ -33,7 +33,7 @@ POOL_ROWS = 128
 """Rows that are really quantized for each row length of a type."""
 
 CCQ_TYPES = tuple(layout.name for layout in LAYOUTS)
-STOCK_TYPES = ("q2_k", "q3_k", "q4_0", "q4_k", "iq2_xxs", "iq2_s", "iq3_xxs", "q8_0")
+STOCK_TYPES = ("q2_k", "q3_k", "q4_0", "q4_k", "iq2_xxs", "iq2_s", "iq3_xxs", "iq4_nl", "q5_0", "q8_0")
 IK_TYPES = {"iq2_k": (137, 2.375), "iq2_kt": (153, 2.125), "iq3_kt": (154, 3.125)}
 """Types that only ik_llama.cpp has: ids and bits per weight; a row of the last two has a scale on top."""
 
