@@ -118,6 +118,13 @@ class Code(Encoding, Protocol):
         """The blocks with the least ``sum(cost * (target - decoded)**2)`` for given scales.  Raises ``ValueError``."""
 
 
+def row_bytes(kind: Encodable, columns: int) -> int:
+    """``Encodable.row_bytes`` of all types."""
+    if columns % kind.block_weights:
+        raise ValueError(f"row length {columns} is no multiple of {kind.block_weights}, the block of {kind.name}")
+    return columns // kind.block_weights * kind.block_bytes
+
+
 @dataclass(frozen=True)
 class Layout:
     """One tensor type: its name and id in GGUF, the bytes of a block, and the code that gives them a meaning."""
@@ -158,9 +165,7 @@ class Layout:
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of one row of ``columns`` weights.  Raises ``ValueError`` if the row is no whole number of blocks."""
-        if columns % self.block_weights:
-            raise ValueError(f"row length {columns} is no multiple of {self.block_weights}, the block of {self.name}")
-        return columns // self.block_weights * self.block_bytes
+        return row_bytes(self, columns)
 
 
 _DTYPES = {"u8": "u1", "u16": "<u2", "bf16": "<u2", "f32": "<f4"}

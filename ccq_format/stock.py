@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .blocks import F32, Encodable, Encoding
+from .blocks import F32, Encodable, Encoding, row_bytes
+from .layouts import LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ class StockType:
 
     def row_bytes(self, columns: int) -> int:
         """See ``Encodable``."""
-        if columns % self.block_weights:
-            raise ValueError(f"row length {columns} is no multiple of {self.block_weights}, the block of {self.name}")
-        return columns // self.block_weights * self.block_bytes
+        return row_bytes(self, columns)
 
     def error_weights(self, x: F32, importance: F32 | None) -> F32 | None:
         """See ``Encoding``: the importance itself."""
@@ -66,3 +65,6 @@ TYPES: tuple[StockType, ...] = (
     StockType("iq4_nl", 20, 18, 127),
 )
 """Levels of q4_0 and q5_0 are all integers of 4 and 5 bits, those of iq4_nl a table of 16, denser around 0."""
+
+ENCODABLE: dict[str, Encodable] = {layout.name: layout for layout in LAYOUTS} | {kind.name: kind for kind in TYPES}
+"""By name, all types that ``ccq_backend.encode`` encodes: ours and these."""

@@ -95,7 +95,7 @@ def check_importance(plan: Plan, importance: Importance) -> None:
 def wants_data(tensor: PlannedTensor) -> bool:
     """Whether a tensor is encoded better with data: not an embedding, whose rows are looked up, nor the output matrix,
     which is left out of the data by default."""
-    return encodable(tensor.type) is not None and not tensor.copied and not is_vocabulary(tensor.source.name)
+    return tensor.searched and not is_vocabulary(tensor.source.name)
 
 
 def _is_output(tensor: PlannedTensor, tied: bool) -> bool:

@@ -13,19 +13,15 @@ from ccq_format.errors import CudaError, ImportanceError, WeightsError
 from .target_types import is_ccq
 
 _F16_MAX = 65504.0
-_ENCODABLE: dict[str, Encodable] = {layout.name: layout for layout in layouts.LAYOUTS} | {
-    kind.name: kind for kind in stock.TYPES
-}
-
 _LARGEST = {"f16": _F16_MAX, "q8_0": _F16_MAX * 127} | {
-    name: limit for name, kind in _ENCODABLE.items() if (limit := kind.code.max_weight) is not None
+    name: limit for name, kind in stock.ENCODABLE.items() if (limit := kind.code.max_weight) is not None
 }
 """Largest magnitude that a type can hold; the types left out hold any float32."""
 
 
 def encodable(target: str) -> Encodable | None:
     """The type ``target`` if an encoder of ours searches it for small errors, which data says the weights of."""
-    return _ENCODABLE.get(target)
+    return stock.ENCODABLE.get(target)
 
 
 def rows_of_importance(

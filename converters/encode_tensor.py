@@ -47,13 +47,12 @@ def encoded_rows(
         yield np.empty(0, np.uint8), 0
         return
     importance = None
-    if options.imatrix is not None and encodable(tensor.type) is not None:
+    if options.imatrix is not None and tensor.searched:
         importance = options.imatrix.for_tensor(source.name, source.matrices, source.row_len)
     threads = options.threads if options.threads > 0 else cpu_count()
-    searched = encodable(tensor.type) is not None and not tensor.copied
     at_once = _CHUNK_GPU if on_gpu(tensor.type, options.device) else _CHUNK_CCQ * threads
-    step = max(1, (at_once if searched else _CHUNK_PLAIN) // source.row_len)
-    if options.hessian is not None and searched and source.name in options.hessian:
+    step = max(1, (at_once if tensor.searched else _CHUNK_PLAIN) // source.row_len)
+    if options.hessian is not None and tensor.searched and source.name in options.hessian:
         yield from _rows_with_feedback(tensor, options.hessian, threads, options, errors, first)
         return
     copied = source.raw_rows if tensor.copied else None

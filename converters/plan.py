@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ccq_format.errors import PlanError, readable
 
 from .console import format_bytes
+from .encode import encodable
 from .options import QuantOptions
 from .rules import MTP_BLOCK, NOT_A_PRODUCT, UNMEASURED, Fate, in_layers, mtp_layers, rule_of
 from .schemes import Keep, Pure, Scheme, scheme_of
@@ -31,6 +32,11 @@ class PlannedTensor:
     def copied(self) -> bool:
         """Whether its bytes are those of the source, unchanged."""
         return self.source.raw_rows is not None and self.type == self.source.source_type
+
+    @property
+    def searched(self) -> bool:
+        """Whether an encoder of ours searches for a small error, which importance and Hessians help."""
+        return encodable(self.type) is not None and not self.copied
 
 
 @dataclass(frozen=True)

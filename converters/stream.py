@@ -13,7 +13,6 @@ from ccq_format.output import OutputFile, refuse_inputs
 
 from .console import format_bytes, progress_bar
 from .conversion import Conversion
-from .encode import encodable
 from .encode_tensor import encoded_rows
 from .imatrix import Importance, provenance
 from .options import QuantOptions
@@ -68,7 +67,7 @@ def declare(writer: Writer, conversion: Conversion, plan: Plan, options: QuantOp
         writer.copy_metadata(conversion.copy_from)
     if conversion.set_metadata is not None:
         conversion.set_metadata(writer.gguf)
-    if options.imatrix is not None and any(encodable(t.type) is not None and not t.copied for t in plan.tensors):
+    if options.imatrix is not None and any(tensor.searched for tensor in plan.tensors):
         _note_importance(writer.gguf, options.imatrix)
     for tensor in plan.tensors:
         writer.add_tensor(tensor.source.name, tensor.type, tensor.source.shape)

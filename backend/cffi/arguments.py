@@ -33,9 +33,9 @@ def layout_of(type: str | layouts.Layout) -> layouts.Layout:
 
 
 def encodable_of(type: str | Encodable) -> Encodable:
-    """The same, or one of llama.cpp's types that are encoded here as well.  Raises ``BackendError``."""
+    """The type of that name, of ours or of llama.cpp's that are encoded here as well.  Raises ``BackendError``."""
     if isinstance(type, str):
-        return next((known for known in stock.TYPES if known.name == type), None) or layout_of(type)
+        return stock.ENCODABLE.get(type) or layout_of(type)
     return type
 
 

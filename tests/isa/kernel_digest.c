@@ -200,8 +200,9 @@ static void decode_and_multiply(const ccq_type_info * type, int n_blocks) {
 }
 
 static void encode(const ccq_type_info * type) {
-    const int trellis = ccq_type_index(type->gguf_id) <= CCQ_INDEX_T3, n_blocks = trellis ? 3 : 1;
-    const int n = n_blocks * type->block_weights;
+    const int stock = ccq_stock_type(type->gguf_id) != NULL;
+    const int trellis = !stock && ccq_type_index(type->gguf_id) <= CCQ_INDEX_T3;
+    const int n_blocks = stock ? 8 : trellis ? 3 : 1, n = n_blocks * type->block_weights;
     const size_t bytes = (size_t)(ENCODE_ROWS * n_blocks * type->block_bytes);
     ccq_encode_params params = {.n_threads = 1};
     random_weights(values, n);
@@ -211,41 +212,23 @@ static void encode(const ccq_type_info * type) {
     digest(type->name, "encode", n_blocks, blocks, bytes);
     params.importance = importance;
     params.importance_stride = n;
+    params.effort = stock ? CCQ_EFFORT_BEST : CCQ_EFFORT_DEFAULT;
     check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
     digest(type->name, "encode_weighted", n_blocks, blocks, bytes);
-    if (trellis) {
+    if (trellis || stock) {
         static float coupling[3 * CCQ_TRELLIS_STEPS * CCQ_TRELLIS_STEPS];
         const int size = type->block_weights;
         for (int i = 0; i < n * size; i++) { coupling[i] = i % size > i / size % size ? 0.25f * random_value() : 0.0f; }
         params.coupling = coupling;
         check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
         digest(type->name, "encode_coupled", n_blocks, blocks, bytes);
+    }
+    if (trellis) {
         for (int i = 0; i < ENCODE_ROWS * n_blocks; i++) { scales[i] = 0x1p-11f; }
         params = (ccq_encode_params){.n_threads = 1, .scales = scales};
         check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
         digest(type->name, "encode_scaled", n_blocks, blocks, bytes);
     }
-}
-
-static void encode_stock(const ccq_type_info * type) {
-    static float coupling[8 * CCQ_STOCK_WEIGHTS * CCQ_STOCK_WEIGHTS];
-    const int n_blocks = 8, size = CCQ_STOCK_WEIGHTS, n = n_blocks * size;
-    const size_t bytes = (size_t)(ENCODE_ROWS * n_blocks * type->block_bytes);
-    ccq_encode_params params = {.n_threads = 1};
-    random_weights(values, n);
-    random_importance(importance, ENCODE_ROWS * n);
-
-    check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
-    digest(type->name, "encode", n_blocks, blocks, bytes);
-    params.importance = importance;
-    params.importance_stride = n;
-    params.effort = CCQ_EFFORT_BEST;
-    check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
-    digest(type->name, "encode_weighted", n_blocks, blocks, bytes);
-    for (int i = 0; i < n * size; i++) { coupling[i] = i % size > i / size % size ? 0.25f * random_value() : 0.0f; }
-    params.coupling = coupling;
-    check(ccq_encode(type->gguf_id, values, ENCODE_ROWS, n, &params, blocks));
-    digest(type->name, "encode_coupled", n_blocks, blocks, bytes);
 }
 
 /* Every metric of every step, which the encoder's bytes show only where they change the way.  Factors of all three
@@ -300,7 +283,7 @@ static int run_set(const char * name) {
     static const int32_t stock[] = {2, 6, 20};
     for (size_t t = 0; t < sizeof stock / sizeof stock[0]; t++) {
         random_state = 2000 + t;
-        encode_stock(ccq_stock_info(ccq_stock_type(stock[t])));
+        encode(ccq_stock_info(ccq_stock_type(stock[t])));
     }
     printf("end %s %d\n", set_name, lines);
     fflush(stdout);
