@@ -38,7 +38,7 @@ def encoded_rows(
     """The tensor in its target type from row ``first`` on, a few rows at a time: (uint8 ``[rows, row_bytes]``, number
     of weights).
 
-    ``errors``, if given, is told what they are decoded to if that is a CCQ type.
+    ``errors``, if given, is told what they are decoded to if the type rounds weights to multiples of a scale.
 
     Raises ``WeightsError`` and ``ImportanceError``.
     """
@@ -85,7 +85,7 @@ def encoded_rows(
 
 
 def _note_errors(errors: BlockErrors | None, x: NDArray[np.float32], blocks: NDArray[np.uint8]) -> None:
-    if errors is not None and is_ccq(errors.type):
+    if errors is not None and errors.type not in ("f32", "bf16"):
         errors.add(x, decode_rows(errors.type, blocks))
 
 

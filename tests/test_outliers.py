@@ -16,7 +16,7 @@ from ccq_converters.cli import main
 from ccq_converters.encode import decode_rows, encode_rows
 from ccq_converters.hessian import HessianWriter
 from ccq_converters.options import QuantOptions
-from ccq_converters.outliers import A_FIFTH, BlockErrors, block_powers, outlier_powers
+from ccq_converters.outliers import A_FIFTH, TOO_SMALL, BlockErrors, block_powers, outlier_powers
 from ccq_converters.tensors import TensorSource
 from ccq_format.gguf_io import ModelWriter
 
@@ -215,16 +215,47 @@ def test_warnings(model: Path, tmp_path: Path) -> None:
     assert "outliers" not in result.stderr  # raised
 
 
-@pytest.mark.parametrize(("sigma", "warned"), [(3e-8, True), (1e-6, False)])
-def test_weights_that_are_too_small(tmp_path: Path, sigma: float, warned: bool) -> None:
-    name = "blk.0.ffn_up.weight"
+@pytest.mark.parametrize(
+    ("type_name", "lost", "kept"),
+    [
+        ("ccq_t1", 3e-8, 1e-6),
+        ("ccq_t2", 3e-8, 1e-6),
+        ("q4_0", 2e-8, 1e-6),
+        ("q5_0", 5e-8, 1e-6),
+        ("iq4_nl", 5e-7, 3e-6),
+        ("q8_0", 1e-6, 5e-6),
+        ("f16", 5e-9, 1e-6),
+    ],
+)
+def test_weights_that_are_too_small(tmp_path: Path, type_name: str, lost: float, kept: float) -> None:
     source = write(
-        tmp_path / "in.gguf", {name: sigma * gaussian(64, 256), "blk.0.zero.weight": np.zeros((4, 64), "f4")}
+        tmp_path / "in.gguf",
+        {
+            "blk.0.ffn_up.weight": np.float32(lost) * gaussian(64, 256),
+            "blk.0.ffn_gate.weight": np.float32(kept) * gaussian(64, 256),
+            "blk.0.zero.weight": np.zeros((4, 64), "f4"),
+        },
     )
-    result = run("quantize", source, "-o", tmp_path / "o.gguf", "--type", "ccq_t2", "--threads", 1)
-    lines = [line for line in result.stderr.splitlines() if "too small" in line]
-    assert len(lines) == warned
-    assert not warned or f"{name} (ccq_t2, 1.00 of its power lost)" in lines[0]
+    arguments = ["--type", "ccq_t2", "--tensor-type", f"ffn={type_name}", "--force", "--threads", 1]
+    result = run("quantize", source, "-o", tmp_path / "o.gguf", *arguments)
+    (line,) = [line for line in result.stderr.splitlines() if "too small" in line]
+    assert line.startswith("Warning: the weights of 1 tensors are too small for their type")
+    assert f"blk.0.ffn_up.weight ({type_name}, 1.00 of its power lost)" in line
+
+
+def test_large_errors_of_one_bit_are_not_small_weights() -> None:
+    """Skewed importance costs unimportant weights most of their power, at whatever size; outliers are still seen."""
+    x = gaussian(16, 256)
+    x[:2, 9] = 500
+    skewed = np.exp(gaussian(256, seed=1) * 6).astype("f4")
+    errors = BlockErrors("t", "ccq_t1")
+    errors.add(x, decode_rows("ccq_t1", encode_rows("ccq_t1", x, skewed, 1, "fast")))
+    plain = BlockErrors("t", "ccq_t1")
+    plain.add(x[2:], decode_rows("ccq_t1", encode_rows("ccq_t1", x[2:], skewed, 1, "fast")))
+    assert plain.relative > TOO_SMALL
+    assert not plain.too_small
+    assert not errors.too_small
+    assert errors.suffers
 
 
 def test_every_tensor_in_the_log(model: Path, tmp_path: Path) -> None:
@@ -236,8 +267,8 @@ def test_every_tensor_in_the_log(model: Path, tmp_path: Path) -> None:
     arguments = ["quantize", model, "-o", tmp_path / "o.gguf", "--type", "ccq_t2", "--threads", 1]
     result = run("-v", *arguments, "--hessian", tmp_path / "h.safetensors")
     lines = [line for line in result.stderr.splitlines() if "squared error" in line]
-    assert len(lines) == 6
-    for line in lines:
+    assert len(lines) == 8
+    for line in lines[:6]:
         tensor, error = line.split(": ")[0], float(line.split("squared error ")[1].split()[0])
         assert not line.startswith("Warning")
         assert 0.06 < error < (0.3 if tensor == "blk.1.ffn_up.weight" else 0.1)
