@@ -14,7 +14,9 @@
 #include <immintrin.h>
 #endif
 
-#define BLOCK 64
+#ifndef BLOCK
+#define BLOCK 64 /* steps of a tail-biting cycle */
+#endif
 #define MAX_STATES (1 << 13)
 
 typedef float v8 __attribute__((vector_size(32)));
@@ -55,6 +57,7 @@ static inline __attribute__((always_inline)) void step_fixed(const float * level
 /* out[p] = least cost of everything from this step on, given that the window's low L - s_in bits are p. */
 static void step(const float * levels, int L, int s_in, int s_out, float x, const float * next, float * out) {
     switch (s_in * 4 + s_out) {
+    case 4 * 1 + 1: step_fixed(levels, L, 1, 1, x, next, out); break;
     case 4 * 1 + 2: step_fixed(levels, L, 1, 2, x, next, out); break;
     case 4 * 2 + 1: step_fixed(levels, L, 2, 1, x, next, out); break;
     case 4 * 2 + 2: step_fixed(levels, L, 2, 2, x, next, out); break;
@@ -106,7 +109,7 @@ typedef struct work {
     float b[BLOCK + 1][MAX_STATES + 8], spare[2][MAX_STATES + 8], x[BLOCK];
 } work;
 
-/* From state p before step 0, follow the best windows of all steps; returns the state before step 64. */
+/* From state p before step 0, follow the best windows of all steps; returns the state after the last. */
 static int trace(const code * c, work * w, int p, uint16_t * windows) {
     for (int t = 0; t < BLOCK; t++) {
         const int s_in = stride(c, t - 1), s_out = stride(c, t);

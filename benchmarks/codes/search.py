@@ -5,6 +5,7 @@ Commands (see README.md for what came out):
 ``multipliers``  every odd hash multiplier of a type, in stages of fewer candidates on more weights
 ``final``        the multipliers that ``ccq_format.layouts`` holds, on 2^20 weights of each source
 ``variants``     other window lengths, level maps and scale encodings, each with the best of a smaller search
+``one-bit``      CCQ_T1: a few hundred multipliers, and cycles of 64, 128 and 256 weights
 
 relmse is squared error over signal power.  All samples come from numpy's PCG64 with fixed seeds, so a run repeats
 exactly; ``search.c`` is compiled with the system compiler ($CC or cc) into a temporary folder.
@@ -43,10 +44,11 @@ FIELDS = 1 << 16
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """``search.c`` as a shared library."""
+def library(cycle: int = GROUP) -> ctypes.CDLL:
+    """``search.c`` as a shared library for tail-biting cycles of so many steps."""
     out = Path(tempfile.mkdtemp(prefix="ccq-search-")) / "search.so"
-    flags = ["-O3", "-march=native", "-shared", "-fPIC", "-o", str(out), str(HERE / "search.c"), "-lm"]
+    flags = ["-O3", "-march=native", f"-DBLOCK={cycle}", "-shared", "-fPIC", "-o", str(out), str(HERE / "search.c")]
+    flags.append("-lm")
     subprocess.run([os.environ.get("CC", "cc"), *flags], check=True)
     lib = ctypes.CDLL(str(out))
     pf, pi, pd = (ctypes.POINTER(t) for t in (ctypes.c_float, ctypes.c_int, ctypes.c_double))
@@ -95,6 +97,7 @@ class Code:
     strides: tuple[int, ...]
     map: Map = field(default_factory=Map)
     mantissa_bits: int = 3
+    cycle: int = GROUP
 
     def path_relmse(self, multiplier: int, x: Floats, gain: float) -> float:
         """relmse of one long path over x with the scale gain * rms(x) / rms(levels): a ranking, not a type."""
@@ -106,10 +109,14 @@ class Code:
 
     def block_relmse(self, multiplier: int, x: Floats, below: int = 2, above: int = 3, reach: int = 14) -> float:
         """relmse of the whole type: tail-biting blocks with their scale bytes, every scale in reach tried."""
-        levels, e = self.map.levels(multiplier), np.empty(x.size // GROUP)
         k = 1 << max(0, self.mantissa_bits - 3)  # scale entries are this much finer than the type's own
-        scales = scale_table(self.mantissa_bits)
-        library().block_errors(
+        return self.scaled_relmse(multiplier, x, scale_table(self.mantissa_bits), below * k, above * k, reach * k)
+
+    def scaled_relmse(self, multiplier: int, x: Floats, scales: Floats, below: int, above: int, reach: int) -> float:
+        """relmse of tail-biting cycles, each with the best of the ascending ``scales`` from ``below`` entries under its
+        own size to ``above`` over it, or to ``reach`` until its largest weight fits."""
+        levels, e = self.map.levels(multiplier), np.empty(x.size // self.cycle)
+        library(self.cycle).block_errors(
             _f(levels),
             self.map.window_bits,
             len(self.strides),
@@ -120,9 +127,9 @@ class Code:
             scales.size,
             self.map.rms,
             self.map.mask,
-            below * k,
-            above * k,
-            reach * k,
+            below,
+            above,
+            reach,
             e.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
         )
         return float(e.sum() / np.dot(x.astype(np.float64), x))
@@ -349,6 +356,45 @@ def variants(names: tuple[str, ...], threads: int, out: Path) -> None:
                 )
                 click.echo(" ".join(map(str, rows[-1])))
     write(out, ["type", "variant", "multiplier", *SOURCES, "score", "against the format"], rows)
+
+
+CYCLES = (64, 128, 256)
+ONE_BIT = 1 << 16
+"""Gaussian weights that cycles are compared on."""
+
+
+@main.command("one-bit")
+@click.option("--threads", default=2, show_default=True)
+@click.option(
+    "--out",
+    default=HERE / "results" / "one_bit.csv",
+    type=click.Path(dir_okay=False, path_type=Path),
+    show_default=True,
+)
+def one_bit(threads: int, out: Path) -> None:
+    """CCQ_T1: 256 random multipliers and those of the other types on one path of 2^18 Gaussian weights; then cycles of
+    64, 128 and 256 weights, with one scale for all and with one for each, not rounded, of 8 bits."""
+    candidates = {int(m) for m in np.random.default_rng(7).choice(np.arange(1, FIELDS // 2, 2), 256, replace=False)}
+    multipliers = sorted(candidates | {code.multiplier for code in TYPES.values()})
+    code, rows = Code((1,)), []
+    with ThreadPoolExecutor(threads) as pool:
+        (ranked,) = path_search(pool, code, multipliers, ((1 << 18, 1),))
+    for relmse, multiplier in ranked[:20]:
+        rows.append((f"path {1 << 18}", multiplier, relmse, relmse * 4))
+    chosen = next(layout.code for layout in LAYOUTS if layout.name == "ccq_t1")
+    assert isinstance(chosen, TrellisCode)
+    x = samples("gaussian", ONE_BIT, 900)
+    fine = (np.geomspace(0.5, 2, 71) / code.map.rms).astype(np.float32)  # 2 % apart
+    for cycle in CYCLES:
+        code = Code((1,), cycle=cycle)
+        relmse = partial(code.scaled_relmse, chosen.multiplier, x)
+        common = min(relmse(np.float32([gain / code.map.rms]), 0, 0, 0) for gain in np.arange(0.7, 1.1, 0.03))
+        rows.append((f"cycles of {cycle}, one scale", chosen.multiplier, common, common * 4))
+        own = relmse(fine, 20, 10, 10)
+        rows.append((f"cycles of {cycle}, one scale each", chosen.multiplier, own, own * 4 ** (1 + 8 / cycle)))
+    for row in rows:
+        click.echo(" ".join(map(str, row)))
+    write(out, ["what", "multiplier", "gaussian", "gaussian distance from limit"], rows)
 
 
 if __name__ == "__main__":
