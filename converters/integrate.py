@@ -35,6 +35,9 @@ RECORD = "integration.json"
 
 _EDITS = "fork/edits"
 
+_WITHOUT_RECORD = f"remove the folder {FOLDER}, then ccq-convert integrate --revert takes our lines out of the tree"
+"""What to do where the record cannot be used: the lines of this version are known without it."""
+
 FAMILIES = {"ik_llama.cpp": "ggml/src/iqk/iqk_mul_mat.cpp", "llama.cpp": "ggml/src/ggml-cpu/ggml-cpu.c"}
 """Families of trees, each with a file that tells it from those below."""
 
@@ -222,15 +225,17 @@ class Integration:
         path = self.folder / RECORD
         if not path.is_file():
             if self.folder.exists():
-                raise IntegrationError(f"{FOLDER} is there without {RECORD}: half of an integration", file=self.tree)
+                raise IntegrationError(
+                    f"{FOLDER} is there without {RECORD}: half of an integration; {_WITHOUT_RECORD}", file=self.tree
+                )
             return None
         try:
             record = json.loads(path.read_text())
             found = Record(str(record["version"]), str(record["script"]), list(map(str, record["files"])))
         except (ValueError, KeyError, TypeError) as error:
-            raise IntegrationError(f"is damaged: {error}", file=path) from None
+            raise IntegrationError(f"is damaged: {error}; {_WITHOUT_RECORD}", file=path) from None
         if not _is_inside(found.files):
-            raise IntegrationError("is damaged: a file lies outside", file=path)
+            raise IntegrationError(f"is damaged: a file lies outside; {_WITHOUT_RECORD}", file=path)
         return found
 
     def _own_files(self) -> dict[str, bytes]:
@@ -273,7 +278,8 @@ class Integration:
             if line is not None:
                 raise IntegrationError(
                     f"line {line} names CCQ but is no line that ccq inserts: half of an integration, or changed by "
-                    "hand",
+                    "hand; restore this file from upstream (all our lines in it may go), then ccq-convert integrate "
+                    "--revert removes the rest",
                     file=path,
                 )
             clean[file.path] = text.data()

@@ -230,6 +230,22 @@ def test_half_edited_trees(tmp_path: Path) -> None:
     assert contents(tree) == clean
 
 
+def test_a_line_of_ours_was_deleted(tmp_path: Path) -> None:
+    """The way out that the error names is one."""
+    tree = make_tree(tmp_path / "tree", "llama.cpp")
+    clean = contents(tree)
+    header = tree / "ggml/include/ggml.h"
+    original = header.read_bytes()
+    Integration(tree).integrate()
+    lines = header.read_bytes().splitlines(keepends=True)
+    header.write_bytes(b"".join(line for line in lines if b"GGML_TYPE_CCQ_T2 " not in line))
+    for options in ((), ("--check",), ("--revert",)):
+        refused(tree, "restore this file from upstream", *options)
+    header.write_bytes(original)
+    assert run(tree, "--revert")[0] == 0
+    assert contents(tree) == clean
+
+
 def test_edits_without_the_folder(tmp_path: Path) -> None:
     tree = make_tree(tmp_path, "llama.cpp")
     clean = contents(tree)
@@ -242,20 +258,26 @@ def test_edits_without_the_folder(tmp_path: Path) -> None:
 
 def test_the_folder_without_its_record_or_with_a_damaged_one(tmp_path: Path) -> None:
     tree = make_tree(tmp_path, "llama.cpp")
+    clean = contents(tree)
     Integration(tree).integrate()
     record = tree / FOLDER / RECORD
     good = record.read_text()
     outside = json.dumps(json.loads(good) | {"files": ["../../../../x"]})
     for bad in ("{", json.dumps({"version": "1"}), outside):
         record.write_text(bad)
-        refused(tree, f"{record}: is damaged")
+        for options in ((), ("--check",), ("--revert",)):
+            refused(tree, f"{record}: is damaged", *options)
+            refused(tree, f"remove the folder {FOLDER}, then ccq-convert integrate --revert", *options)
     record.write_text(json.dumps(json.loads(good) | {"script": "file ../x"}))
     refused(tree, "line 1 is no line of an edit script")
     record.unlink()
-    refused(tree, f"{FOLDER} is there without {RECORD}")
+    refused(tree, f"{FOLDER} is there without {RECORD}: half of an integration; remove the folder {FOLDER}, then")
     record.write_text(good)
     (tree / FOLDER / "notes.txt").write_text("mine\n")
     refused(tree, f"{FOLDER} holds files that are not ours: notes.txt", "--revert")
+    shutil.rmtree(tree / FOLDER)
+    assert run(tree, "--revert")[0] == 0
+    assert contents(tree) == clean
 
 
 def test_check_and_revert_exclude_each_other(tmp_path: Path) -> None:
