@@ -90,7 +90,7 @@ class Recipe:
 
 def recipes() -> Iterator[Recipe]:
     """All files of a model's table: llama.cpp's first, of whose sizes ours are shares."""
-    for name in ("q2_k", "iq3_s", "q4_k_m", "iq2_xxs", "iq3_xxs", "q3_k_m", "iq4_xs"):
+    for name in ("q2_k", "iq3_s", "q4_k_m", "iq1_s", "iq1_m", "iq2_xxs", "iq3_xxs", "q3_k_m", "iq4_xs"):
         yield Recipe(name, STOCK_FILE, IMATRIX)
     for of, share in (("q2_k", 0.62), ("iq3_s", 0.78), ("q4_k_m", 0.95), ("q2_k", 1.0)):
         yield Recipe(f"ccq_{share:g}x_{of}", TARGETS, HESSIAN, of=of, share=share)
