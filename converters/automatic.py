@@ -1,15 +1,17 @@
 """Calibration that a conversion does by itself: no file of few bits without data that says which weights matter.
 
 A conversion without ``--imatrix`` and ``--hessian`` to types under ``data.NEEDS_DATA`` bits first runs the model in
-llama.cpp on the text that comes with the package and collects importance; one to a target without losses measures
-these as well.  A model that is no GGUF file yet is first written as one, in the types that it has, beside the output,
-and removed again.  With ``resume`` the result is kept beside the unfinished output, for the run that goes on.
+llama.cpp on the text that comes with the package and collects importance, and Hessians if there is room for them; one
+to a target without losses measures these as well.  A model that is no GGUF file yet is first written as one, in the
+types that it has, beside the output, and removed again.  With ``resume`` the result is kept beside the unfinished
+output, for the run that goes on.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +23,7 @@ from ccq_format.gguf_io import ModelWriter, open_model
 from ccq_format.output import OutputFile, Scratch, refuse_inputs
 
 from . import imatrix
+from .borrow import input_of
 from .calibration import BUNDLED_TEXT, CalibrationOptions
 from .collect import BATCH, calibrate_file, calibrate_gguf
 from .console import format_bytes, progress_bar
@@ -35,6 +38,7 @@ from .losses import measure_losses
 from .options import QuantOptions
 from .plan import Plan, make_plan
 from .resume import job_of
+from .rules import is_vocabulary, never_quantized
 from .schemes import Keep
 from .stream import data_files, write_planned
 from .target_types import STOCK_TYPES
@@ -73,7 +77,7 @@ def write_calibrated(conversion: Conversion, options: QuantOptions) -> Plan:
 
 @contextmanager
 def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantOptions]:
-    """The options with the data that they lack: importance, for targets losses, with ``options.feedback`` Hessians.
+    """The options with the data that they lack: importance, for targets losses, Hessians (``options.feedback``).
 
     Nothing is done unless ``options.calibrate``, nor if ``options.dry_run``, which only says so.  Raises ``EvalError``
     if the model cannot be run: packages or memory are missing, or llama.cpp refuses it; and what
@@ -91,12 +95,14 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
     if options.resume:
         kept = _Kept(conversion, options, wanted)
         if (found := kept.load(options)) is None:
+            kept.wanted = wanted = _with_hessians(conversion, options, wanted)
             kept.save(_measured(conversion, options, wanted, kept.hessians))
             found = kept.load(options)
             assert found is not None
         yield found
         kept.remove()
         return
+    wanted = _with_hessians(conversion, options, wanted)
     with Scratch(conversion.path) as hessians:
         data = _measured(conversion, options, wanted, hessians)
         products = Hessians(hessians.reachable) if wanted.hessians else options.hessian
@@ -105,22 +111,52 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is to be measured."""
+    """What is to be measured; ``hessians``: ``None`` if there is room for them."""
 
     importance: bool
     losses: bool
-    hessians: bool
+    hessians: bool | None
 
 
 def _wanted(sources: list[TensorSource], options: QuantOptions) -> _Wanted:
-    hessians = options.feedback and options.hessian is None
+    data, asked = options.imatrix, bool(options.feedback) and options.hessian is None
     if options.type is not None:
         plan = make_plan(sources, options)
-        hessians = hessians and any(map(wants_data, plan.tensors))
-        without = options.imatrix is None and (hessians or options.hessian is None)
-        return _Wanted(without and (hessians or bool(lacks_data(plan))), False, hessians)
-    data = options.imatrix
-    return _Wanted(data is None, data is None or not data.knows_losses, hessians)
+        asked = asked and any(map(wants_data, plan.tensors))
+        without = data is None and (asked or options.hessian is None)
+        importance, losses = without and (asked or bool(lacks_data(plan))), False
+    else:
+        importance, losses = data is None, data is None or not data.knows_losses
+    might = options.feedback is None and importance and options.hessian is None
+    return _Wanted(importance, losses, asked or (None if might else False))
+
+
+def _with_hessians(conversion: Conversion, options: QuantOptions, wanted: _Wanted) -> _Wanted:
+    """``wanted`` with a decision on Hessians: all products have to fit beside the model, half of the free memory being
+    theirs (``collect``), and into half of what is free on the disk."""
+    if wanted.hessians is not None:
+        return wanted
+    needed = _products_bytes(conversion.sources, vocabulary=options.type is None)
+    beside = free_memory() - _to_run(conversion, 2 * sum(source.n_weights for source in conversion.sources))
+    room = min(beside, shutil.disk_usage(conversion.path.parent).free) // 2
+    if needed > room > 0:  # else the model itself does not fit, which is an error
+        log.info(
+            "without error feedback: there is no room for its Hessians, %s (--hessian auto collects them in parts, on "
+            "disk)",
+            format_bytes(needed),
+        )
+    return replace(wanted, hessians=needed <= room)
+
+
+def _products_bytes(sources: list[TensorSource], vocabulary: bool) -> int:
+    """About what the products of all inputs take, in bytes; ``vocabulary``: of embedding and output, too."""
+    sizes: dict[object, int] = {}
+    for source in sources:
+        if len(source.shape) < 2 or never_quantized(source.name) or (is_vocabulary(source.name) and not vocabulary):
+            continue
+        size = 4 * source.matrices * source.row_len**2
+        sizes[input_of(source.name)] = max(size, sizes.get(input_of(source.name), 0))
+    return sum(sizes.values())
 
 
 def calibrate_as_gguf(
@@ -216,9 +252,14 @@ class _AsStored(Keep):
     vocabulary = matrix
 
 
-def _check_memory(conversion: Conversion, nbytes: int, otherwise: str) -> None:
+def _to_run(conversion: Conversion, nbytes: int) -> int:
+    """The memory that llama.cpp takes for a model of ``nbytes``."""
     vocabulary = next((s.rows for s in conversion.sources if s.name == "token_embd.weight"), 0)
-    needed, free = nbytes + 8 * BATCH * vocabulary, free_memory()
+    return nbytes + 8 * BATCH * vocabulary
+
+
+def _check_memory(conversion: Conversion, nbytes: int, otherwise: str) -> None:
+    needed, free = _to_run(conversion, nbytes), free_memory()
     if needed > free:
         raise EvalError(
             f"calibration would run this model in llama.cpp, which takes {format_bytes(needed)} of memory; "
@@ -247,25 +288,30 @@ class _Kept:
         self.hessians = conversion.path.with_name(f".{conversion.path.name}.hessian")
         self.wanted = wanted
         whole = job_of(options, conversion.files)
-        job = {key: whole[key] for key in ("--imatrix", *(file.name for file in conversion.files))}
-        self.job = json.dumps({**job, "wanted": asdict(wanted)}, sort_keys=True)
+        self._job = {key: whole[key] for key in ("--imatrix", *(file.name for file in conversion.files))}
+
+    def job(self, hessians: bool | None) -> str:
+        """What tells this calibration from others; ``hessians``: with them."""
+        return json.dumps({**self._job, "wanted": asdict(replace(self.wanted, hessians=hessians))}, sort_keys=True)
 
     def load(self, options: QuantOptions) -> QuantOptions | None:
-        """The options with what an earlier run has kept; ``None`` if that is nothing, of another job or damaged."""
+        """The options with what an earlier run has kept; ``None`` if that is nothing, of another job or damaged.  Where
+        there was to be room for Hessians, it is the earlier run that decided."""
         try:
-            if open_model(self.path).metadata.get(_JOB) != self.job:
+            job = open_model(self.path).metadata.get(_JOB)
+            wanted = self.wanted.hessians
+            with_hessians = job == self.job(True) if wanted is None else wanted
+            if job != self.job(with_hessians):
                 return None
             data = replace(imatrix.load(self.path), file="automatic calibration")
-            return replace(
-                options, imatrix=data, hessian=Hessians(self.hessians) if self.wanted.hessians else options.hessian
-            )
+            return replace(options, imatrix=data, hessian=Hessians(self.hessians) if with_hessians else options.hessian)
         except CcqError:
             return None
 
     def save(self, data: Importance) -> None:
         """Write the file; the Hessians are there.  Raises ``OutputError``."""
         with ModelWriter(self.path, "", overwrite=True) as writer:
-            writer.gguf.add_string(_JOB, self.job)
+            writer.gguf.add_string(_JOB, self.job(self.wanted.hessians))
             imatrix.fill(writer, data)
 
     def remove(self) -> None:

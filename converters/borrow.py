@@ -101,6 +101,13 @@ _OF = {tensor: group for group in INPUTS for tensor in group.tensors}
 _LAYERED = re.compile(r"^(?P<stream>.*blk\.)(?P<layer>\d+)\.(?P<tensor>.+)\.weight$")
 
 
+def input_of(name: str) -> object:
+    """What the input of a matrix is known by: equal for two of one layer that are multiplied with the same vectors."""
+    match = _LAYERED.match(name)
+    group = _OF.get(match["tensor"]) if match else None
+    return (match["stream"], match["layer"], group) if match and group else name
+
+
 @dataclass(frozen=True)
 class _Place:
     """An input of the model: the layer's prefix (``blk.3.``), which of its inputs, and where on which residual stream

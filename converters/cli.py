@@ -175,10 +175,10 @@ def _quant_options(command: _F) -> _F:
         ),
         click.option(
             "--hessian",
-            metavar="FILE|auto",
+            metavar="FILE|auto|none",
             help="Hessian file of 'ccq-convert calibrate --hessian': its matrices are encoded with error feedback, "
             "which takes two to three times as long and loses much less. 'auto' makes one beside the output, and "
-            "removes it.",
+            "removes it.  [auto where importance is measured and memory has room for all products; else none]",
         ),
         click.option(
             "--no-calibration",
@@ -236,7 +236,7 @@ def _options(
     if sum(wish is not None for wish in (type_name, target_bpw, target_size)) != 1:
         raise click.UsageError("Give exactly one of --type, --target-bpw and --target-size.")
     require_device(device)
-    feedback = hessian == "auto"
+    feedback = {"auto": True, "none": False}.get(hessian) if hessian is not None else None
     if feedback and flags["no_calibration"]:
         raise click.UsageError("--hessian auto is a calibration, which --no-calibration excludes.")
     options = QuantOptions(
@@ -245,7 +245,7 @@ def _options(
         target_size=target_size if isinstance(target_size, int) else None,
         target_ratio=target_size if isinstance(target_size, float) else None,
         imatrix=importance.load(imatrix) if imatrix is not None else None,
-        hessian=hessians.Hessians(hessian) if hessian is not None and not feedback else None,
+        hessian=hessians.Hessians(hessian) if hessian is not None and feedback is None else None,
         overrides=overrides,
         threads=threads,
         effort=effort,

@@ -47,8 +47,8 @@ class QuantOptions:
     """The same, as a part of what all weights take in 16 bits."""
     calibrate: bool = False
     """Let ``automatic`` measure the data that few bits need and that are not given,"""
-    feedback: bool = False
-    """Hessians as well."""
+    feedback: bool | None = None
+    """Hessians as well; ``None``: if importance is to be measured anyway, and memory and disk have room for them."""
     split_max_size: int | None = None
     """No file of the output is larger than that, in bytes (``ccq_format.gguf_io.SplitWriter``)."""
     k_order: str | None = None

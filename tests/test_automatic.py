@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,9 +71,10 @@ def tensors(path: Path) -> dict[str, tuple[str, bytes]]:
 ONE = ("--threads", 1)
 FAST = ("--effort", "fast", *ONE)
 TWO_STEPS = {
-    "--type t2 --effort fast": ((), ()),
-    "--type t2 --effort fast --hessian auto": (("--hessian", "h"), ("--hessian", "h")),
-    "--target-size 15% --effort fast": (("--losses",), ()),
+    "--type q8_0 --tensor-type blk.1=t2 --effort fast": (("--hessian", "h"), ("--hessian", "h")),
+    "--type t2 --effort fast --hessian none": ((), ()),
+    "--target-size 15% --effort fast --hessian none": (("--losses",), ()),
+    "--target-size 15% --effort fast": (("--losses", "--hessian", "h"), ("--hessian", "h")),
 }
 
 
@@ -79,7 +82,7 @@ TWO_STEPS = {
     ("command", "settings"),
     [
         pytest.param(command, settings, marks=pytest.mark.slow if slow else ())
-        for command, slow_from in (("quantize", 3), ("hf2gguf", 1))
+        for command, slow_from in (("quantize", 4), ("hf2gguf", 1))
         for i, settings in enumerate(TWO_STEPS)
         for slow in [i >= slow_from]
     ],
@@ -94,13 +97,14 @@ def test_one_command_gives_what_two_give(
     (note,) = [line for line in stderr.splitlines() if line.startswith("Note: calibrated")]
     assert re.search(rf"text that comes with this package: importance of \d+ matrices from {TOKENS} tokens", note)
     assert ("losses of " in note) == ("target" in settings)
+    assert ("their Hessians" in note) == ("none" not in settings)
     assert "Warning" not in stderr
     more, given = TWO_STEPS[settings]
     ok("calibrate", stored, "-o", "i.gguf", "--chunks", TOKENS // 512, *more, *ONE)
     if "target" in settings:
         assert (folder / "o.gguf").stat().st_size <= 0.15 * 2 * 4_196_608
     given = ("--imatrix", "i.gguf", *given)
-    assert ok(command, source, "-o", "two.gguf", *settings.replace("--hessian auto", "").split(), *given, *ONE) == ""
+    assert ok(command, source, "-o", "two.gguf", *settings.replace("--hessian none", "").split(), *given, *ONE) == ""
     assert tensors(folder / "o.gguf") == tensors(Path("two.gguf"))
     metadata = open_model(folder / "o.gguf").metadata
     assert metadata["quantize.imatrix.dataset"] == BUNDLED_TEXT.name
@@ -131,6 +135,26 @@ def test_which_conversions_calibrate(stored: Path, folder: Path, settings: str, 
     assert names(folder) == []
 
 
+@pytest.mark.parametrize(("share", "fits"), [(1.01, True), (0.97, False)])
+@pytest.mark.parametrize("short_of", ["memory", "disk"])
+def test_room_for_hessians(
+    stored: Path, folder: Path, tmp_path: Path, short_of: str, share: float, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate is what the file takes; where that does not fit, importance alone is measured, and this is said."""
+    ok("calibrate", stored, "-o", tmp_path / "i", "--chunks", 1, "--hessian", tmp_path / "h", *ONE)
+    room = int(2 * share * (tmp_path / "h").stat().st_size)
+    if short_of == "memory":
+        sources = [SimpleNamespace(name="token_embd.weight", rows=4096)]
+        model = automatic._to_run(SimpleNamespace(sources=sources), 2 * 4_196_608)
+        monkeypatch.setattr(automatic, "free_memory", lambda: room + model)
+    else:
+        usage = shutil.disk_usage(folder)._replace(free=room)
+        monkeypatch.setattr(automatic.shutil, "disk_usage", lambda _: usage)
+    stderr = ok("quantize", stored, "-o", folder / "o.gguf", "--type", "q8_0", "--tensor-type", "blk.1.attn_v=t2", *ONE)
+    assert ("their Hessians" in stderr) == fits
+    assert ("there is no room for its Hessians, " in stderr) != fits
+
+
 def test_importance_without_losses(stored: Path, folder: Path) -> None:
     """A target adds the losses to somebody's imatrix."""
     data = Path(__file__).parent / "data" / "manllama-4m.imatrix.gguf"
@@ -153,14 +177,15 @@ def test_without_calibration(stored: Path, folder: Path, monkeypatch: pytest.Mon
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("choice", ["none", "auto", None])
 def test_a_resumed_conversion_does_not_calibrate_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, feedback: bool
+    folder: Path, monkeypatch: pytest.MonkeyPatch, choice: str | None
 ) -> None:
-    settings = ("--type", "t2", "--effort", "fast", *(("--hessian", "auto") if feedback else ()), *ONE)
+    feedback = choice != "none"
+    settings = ("--type", "q8_0", "--tensor-type", "blk.[12].ffn=t2", *(("--hessian", choice) if choice else ()), *FAST)
     ok("hf2gguf", EXAMPLE, "-o", folder / "whole.gguf", *settings)
     encoded: list[str] = []
-    original, calibrate = stream.encoded_rows, automatic.calibrate_gguf
+    original, calibrate, products = stream.encoded_rows, automatic.calibrate_gguf, automatic._products_bytes
 
     def interrupted(tensor: Any, options: Any, *more: Any) -> Any:
         if options.imatrix is None:  # the file that llama.cpp runs
@@ -176,12 +201,14 @@ def test_a_resumed_conversion_does_not_calibrate_again(
     kept = [".o.gguf.calibration", *([".o.gguf.hessian"] if feedback else []), ".o.gguf.partial"]
     assert names(folder) == [*kept, ".o.gguf.partial.journal", "whole.gguf"]
     monkeypatch.setattr(automatic, "calibrate_gguf", None)
+    monkeypatch.setattr(automatic, "_products_bytes", None)  # what an earlier run decided stays
     ok(*command)
     assert len(encoded) == 10 + 38 - 9
     assert names(folder) == ["o.gguf", "whole.gguf"]
     assert (folder / "o.gguf").read_bytes() == (folder / "whole.gguf").read_bytes()
     # What is kept of another model, or damaged, is measured again.
     monkeypatch.setattr(automatic, "calibrate_gguf", calibrate)
+    monkeypatch.setattr(automatic, "_products_bytes", products)
     encoded.clear()
     assert run(*command, "--overwrite").exit_code == 130
     for path in (folder / ".o.gguf.partial", folder / ".o.gguf.partial.journal"):
@@ -204,7 +231,7 @@ def test_an_interrupt_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
         original(self, *arguments)
 
     monkeypatch.setattr(collect._Input, "add", interrupted)
-    result = run("hf2gguf", EXAMPLE, "-o", folder / "o.gguf", "--type", "t2", "--hessian", "auto", *ONE)
+    result = run("hf2gguf", EXAMPLE, "-o", folder / "o.gguf", "--type", "t2", *ONE)
     assert result.exit_code == 130
     assert seen[0] == ([], 2)  # model and Hessians: the files are there, but have no names
     assert (names(folder), unnamed(folder)) == ([], 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from fuzz.corpus import Case, cases, save
 from fuzz.formats import FORMATS
 from fuzz.judge import judge
 from fuzz.minimise import minimise
+from fuzz.mutate import mutate_tree
 from fuzz.seeds import SEEDS, seed
 from fuzz.targets import Target, make_input, targets
 
@@ -69,6 +71,12 @@ def test_mutated_inputs_differ_from_intact_ones() -> None:
     made = [make_input(index, 0) for index in range(200)]
     assert {target.kind for target, _ in made} == set(targets())
     assert sum(files != seed(target.seed) for target, files in made) > 190
+
+
+def test_a_change_may_remove_everything() -> None:
+    """And others may be to follow."""
+    left = [mutate_tree({"a": 1}, random.Random(index)) for index in range(3000)]
+    assert None in left
 
 
 # --- what the judge sees --------------------------------------------------------------------------------------------

@@ -376,21 +376,22 @@ def one_bit(threads: int, out: Path) -> None:
     64, 128 and 256 weights, with one scale for all and with one for each, not rounded, of 8 bits."""
     candidates = {int(m) for m in np.random.default_rng(7).choice(np.arange(1, FIELDS // 2, 2), 256, replace=False)}
     multipliers = sorted(candidates | {code.multiplier for code in TYPES.values()})
-    code, rows = Code((1,)), []
+    rows: list[Sequence[object]] = []
     with ThreadPoolExecutor(threads) as pool:
-        (ranked,) = path_search(pool, code, multipliers, ((1 << 18, 1),))
+        (ranked,) = path_search(pool, Code((1,)), multipliers, ((1 << 18, 1),))
     for relmse, multiplier in ranked[:20]:
         rows.append((f"path {1 << 18}", multiplier, relmse, relmse * 4))
     chosen = next(layout.code for layout in LAYOUTS if layout.name == "ccq_t1")
     assert isinstance(chosen, TrellisCode)
     x = samples("gaussian", ONE_BIT, 900)
-    fine = (np.geomspace(0.5, 2, 71) / code.map.rms).astype(np.float32)  # 2 % apart
     for cycle in CYCLES:
         code = Code((1,), cycle=cycle)
-        relmse = partial(code.scaled_relmse, chosen.multiplier, x)
-        common = min(relmse(np.float32([gain / code.map.rms]), 0, 0, 0) for gain in np.arange(0.7, 1.1, 0.03))
+        measure = partial(code.scaled_relmse, chosen.multiplier, x)
+        gains = (np.arange(0.7, 1.1, 0.03) / code.map.rms).astype(np.float32)
+        common = min(measure(gains[i : i + 1], 0, 0, 0) for i in range(len(gains)))
         rows.append((f"cycles of {cycle}, one scale", chosen.multiplier, common, common * 4))
-        own = relmse(fine, 20, 10, 10)
+        fine = (np.geomspace(0.5, 2, 71) / code.map.rms).astype(np.float32)  # 2 % apart
+        own = measure(fine, 20, 10, 10)
         rows.append((f"cycles of {cycle}, one scale each", chosen.multiplier, own, own * 4 ** (1 + 8 / cycle)))
     for row in rows:
         click.echo(" ".join(map(str, row)))

@@ -89,6 +89,8 @@ def mutate_tree(tree: Any, rng: random.Random, donors: Sequence[Any] = ()) -> An
     """``tree``, which is changed in place, with one to four changes; ``donors`` are trees to take parts from."""
     root = [tree]
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4))):
+        if not root:  # the change before has removed all
+            break
         parent, key = _place(root, rng)
         _change(parent, key, rng, root if not donors or rng.random() < 0.5 else [rng.choice(donors)])
     return root[0] if root else None
