@@ -1,10 +1,11 @@
-// ggml-cpu's part: MUL_MAT, MUL_MAT_ID and GET_ROWS in one early return of ggml_compute_forward.
+// ggml-cpu's part: MUL_MAT, MUL_MAT_ID and GET_ROWS, instead of ggml_compute_forward.
 #include "ggml-ccq.h"
 
 #include "../ggml/nodes.h"
 #include "../ggml/ops.h"
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 
 using ccq::OpClass;
@@ -22,6 +23,10 @@ OpClass classify(ggml_op op) {
     case GGML_OP_VIEW:
     case GGML_OP_PERMUTE:
     case GGML_OP_TRANSPOSE: return OpClass::View;
+    case GGML_OP_MAP_CUSTOM1:
+    case GGML_OP_MAP_CUSTOM2:
+    case GGML_OP_MAP_CUSTOM3:
+    case GGML_OP_CUSTOM: return OpClass::ForeignCustom;
     default: return OpClass::Other;
     }
 }
@@ -43,13 +48,55 @@ struct Carver {
     }
 };
 
-// The workspace of a product in ggml's work buffer; returns the bytes that it takes there.
+bool is_product(const ggml_tensor & node) {
+    const OpClass op_class = classify(node.op);
+    return op_class != OpClass::GetRows && ccq::is_own_node(op_class, node);
+}
+
+size_t all_act_bytes(const ggml_tensor & product) {
+    const ggml_tensor & x = *product.src[1];
+    return static_cast<size_t>(x.ne[1] * x.ne[2] * x.ne[3]) * ccq::act_bytes(x.ne[0]);
+}
+
+// Quantized activations lie at the end of the work buffer, where no other op reaches (ggml_ccq_kept_size): they stay
+// for the products behind that have the same.
+unsigned char * act_of(const ggml_tensor & product, void * buffer, size_t size) {
+    const uintptr_t end = reinterpret_cast<uintptr_t>(buffer) + size;
+    return reinterpret_cast<unsigned char *>((end - all_act_bytes(product)) / 64 * 64);
+}
+
+bool overlap(const ggml_tensor & a, const ggml_tensor & b) {
+    const auto begin_a = reinterpret_cast<uintptr_t>(a.data), begin_b = reinterpret_cast<uintptr_t>(b.data);
+    return begin_a < begin_b + ggml_nbytes(&b) && begin_b < begin_a + ggml_nbytes(&a);
+}
+
+// Whether the last product of ours before this one had the same activations, and nothing was written there since.  By
+// memory and shape rather than by tensor: experts' matrices see a reshaped view of what others saw.
+bool is_quantized(ggml_tensor * const * nodes, int at) {
+    const ggml_tensor & x = *nodes[at]->src[1];
+    for (int i = at - 1; i >= 0; i--) {
+        const ggml_tensor & node = *nodes[i];
+        const OpClass op_class = classify(node.op);
+        if (op_class == OpClass::View || ggml_is_empty(&node)) {
+            continue;
+        }
+        if (op_class == OpClass::ForeignCustom || overlap(node, x)) { // a user's function: no telling what it writes
+            return false;
+        }
+        if (is_product(node)) {
+            const ggml_tensor & y = *node.src[1];
+            return y.data == x.data && memcmp(y.ne, x.ne, sizeof x.ne) == 0 && memcmp(y.nb, x.nb, sizeof x.nb) == 0 &&
+                   node.flags == nodes[at]->flags; // else it may not have been computed
+        }
+    }
+    return false;
+}
+
+// The workspace of a product in ggml's work buffer, but for its activations; returns the bytes that it takes there.
 size_t lay_out(const ggml_tensor & node, int n_threads, void * buffer, Shared *& shared, ccq::Workspace & ws) {
-    const ggml_tensor & x = *node.src[1];
     Carver carver(buffer);
     shared = carver.take<Shared>(1);
     ws.n_used = &shared->n_used;
-    ws.act = carver.take<unsigned char>(static_cast<size_t>(x.ne[1] * x.ne[2] * x.ne[3]) * ccq::act_bytes(x.ne[0]));
     ws.work_bytes = ccq::work_bytes(node);
     ws.work = carver.take<unsigned char>(static_cast<size_t>(n_threads) * ws.work_bytes);
     if (node.op == GGML_OP_MUL_MAT_ID) {
@@ -74,7 +121,7 @@ void check(const ccq::Workspace & ws, const ggml_tensor & node) {
 } // namespace
 
 size_t ggml_ccq_work_size(int n_threads, const ggml_tensor * node) {
-    if (node->op == GGML_OP_GET_ROWS || !ccq::is_own_node(classify(node->op), *node)) {
+    if (!is_product(*node)) {
         return 0;
     }
     Shared * shared;
@@ -82,9 +129,20 @@ size_t ggml_ccq_work_size(int n_threads, const ggml_tensor * node) {
     return lay_out(*node, n_threads, nullptr, shared, ws) + 64; // wherever the buffer begins
 }
 
-bool ggml_ccq_compute_forward(const ggml_ccq_params * params, ggml_tensor * node) {
+size_t ggml_ccq_kept_size(ggml_tensor * const * nodes, int n_nodes) {
+    size_t most = 0;
+    for (int i = 0; i < n_nodes; i++) {
+        if (is_product(*nodes[i])) {
+            most = std::max(most, all_act_bytes(*nodes[i]) + 64); // wherever the buffer ends
+        }
+    }
+    return most;
+}
+
+bool ggml_ccq_compute_forward(const ggml_ccq_params * params, ggml_tensor * const * nodes, int at) {
+    const ggml_tensor * node = nodes[at];
     const OpClass op_class = classify(node->op);
-    if (!ccq::is_own_node(op_class, *node)) {
+    if (ggml_is_empty(node) || !ccq::is_own_node(op_class, *node)) {
         return false;
     }
     const ggml_tensor * w = node->src[0];
@@ -101,9 +159,10 @@ bool ggml_ccq_compute_forward(const ggml_ccq_params * params, ggml_tensor * node
     }
     Shared * shared;
     const size_t size = lay_out(*node, params->nth, params->wdata, shared, ws);
-    GGML_ASSERT(size <= params->wsize);
+    GGML_ASSERT(size + all_act_bytes(*node) + 64 <= params->wsize);
+    ws.act = act_of(*node, params->wdata, params->wsize);
     task.ids = op_class == OpClass::MulMatId ? node->src[2] : nullptr;
-    task.quantize = true;
+    task.quantize = !is_quantized(nodes, at);
     task.route = task.columns = task.ids;
     task.next = &shared->next;
     if (params->ith == 0) {

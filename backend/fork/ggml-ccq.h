@@ -46,8 +46,12 @@ int32_t ggml_ccq_type_in_file(enum ggml_type type);
 
 // --- ggml-cpu
 
-// Bytes of the work buffer that the node needs: 0 if it is not one that ggml_ccq_compute_forward runs.
+// Bytes of the work buffer that the node needs while it is computed: 0 if it is no product of ours.
 size_t ggml_ccq_work_size(int n_threads, const struct ggml_tensor * node);
+
+// Bytes that a graph needs at the end of the work buffer, beyond what any op needs, for what one product leaves to the
+// next.
+size_t ggml_ccq_kept_size(struct ggml_tensor * const * nodes, int n_nodes);
 
 // What a thread that computes a node is given: ggml's struct ggml_compute_params, which not every tree declares in a
 // header.
@@ -59,8 +63,9 @@ struct ggml_ccq_params {
     void * threads;
 };
 
-// Runs a MUL_MAT, MUL_MAT_ID or GET_ROWS of our types; false if the node is none.
-bool ggml_ccq_compute_forward(const struct ggml_ccq_params * params, struct ggml_tensor * node);
+// Runs the node `at` of a graph if it is a MUL_MAT, MUL_MAT_ID or GET_ROWS of our types; false if it is none.  Those
+// before it have been computed, with the same work buffer.
+bool ggml_ccq_compute_forward(const struct ggml_ccq_params * params, struct ggml_tensor * const * nodes, int at);
 
 // False if the op involves our types and the CPU backend would abort.
 bool ggml_ccq_supports_op(const struct ggml_tensor * op);
