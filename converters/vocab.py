@@ -253,6 +253,8 @@ def _sentencepiece(path: Path, config: dict[str, Any], vocab_size: int) -> Vocab
     tokens, types = _unused(vocab_size)
     scores = [_PAD_SCORE] * vocab_size
     for token, piece in enumerate(proto.pieces[:vocab_size]):
+        if not isinstance(piece.piece, str):  # protobuf gives bytes that are no UTF-8 as they are
+            raise ModelError(f"piece {token} is no Unicode: {piece.piece[:80]!r}", file=path)
         user = piece.type == _SPM_USER_DEFINED
         tokens[token] = piece.piece.replace(_SPACE, " ") if user else piece.piece
         scores[token], types[token] = piece.score, piece.type
