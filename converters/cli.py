@@ -422,9 +422,10 @@ def plugin_path() -> None:
     help="Only say whether the tree is integrated; exit code 1 if it is not, or not with this version.",
 )
 @click.option("--revert", is_flag=True, help="Take CCQ out of the tree again; restores every byte.")
+@click.option("--cuda", is_flag=True, help="Also the kernels for NVIDIA GPUs; a tree that has them keeps them without it.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be changed.")
 @click.pass_context
-def integrate(ctx: click.Context, tree: Path, check: bool, revert: bool, dry_run: bool) -> None:
+def integrate(ctx: click.Context, tree: Path, check: bool, revert: bool, cuda: bool, dry_run: bool) -> None:
     """Put the CCQ types into a source tree of llama.cpp or ik_llama.cpp, to be compiled in.
 
     Our own files go into one folder of the tree, and a few lines into its files. Repeating it changes nothing, or
@@ -434,7 +435,7 @@ def integrate(ctx: click.Context, tree: Path, check: bool, revert: bool, dry_run
 
     if check and revert:
         raise click.UsageError("--check and --revert exclude each other.")
-    integration = Integration(tree)
+    integration = Integration(tree, cuda=cuda)
     if check:
         state = integration.state()
         click.echo(state.as_text())

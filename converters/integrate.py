@@ -1,7 +1,7 @@
 """``ccq-convert integrate``: put the CCQ types into a source tree of llama.cpp or of a fork, or take them out again.
 
-What is inserted where is data: an edit script per family of trees (``EDITS`` in the installed sources).  A line of a
-script is one of::
+What is inserted where is data: an edit script per family of trees (``_EDITS`` in the installed sources), and another
+for the kernels for NVIDIA GPUs.  A line of a script is one of::
 
     # a comment; empty lines mean nothing
     file PATH [optional]    the file that the following edits are for; "optional": a tree may lack it
@@ -21,7 +21,7 @@ import contextlib
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import ccq_format
@@ -43,6 +43,12 @@ FAMILIES = {"ik_llama.cpp": "ggml/src/iqk/iqk_mul_mat.cpp", "llama.cpp": "ggml/s
 
 _PLUGIN_SOURCES = ("nodes.cpp", "nodes.h", "ops.cpp", "ops.h", "types.cpp", "types.h")
 """The files of the plugin that the integration shares."""
+
+_CUDA_SOURCES = ("blocks.h", "ccq_cuda.h", "device.h", "host.h", "kernels.h", "launch.h")
+"""The files of the CUDA library that the integration shares, with ``--cuda``."""
+
+_CUDA_GLUE = "fork/cuda"
+"""The sources that only ``--cuda`` puts into a tree."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,18 @@ class _Text:
         return next((i for i, line in enumerate(self.lines, 1) if re.search("ccq", line, re.IGNORECASE)), None)
 
 
+def _refuse_mention(text: _Text, path: Path) -> None:
+    """Raise ``IntegrationError`` if a line names CCQ: our own have been removed."""
+    line = text.mention()
+    if line is not None:
+        raise IntegrationError(
+            f"line {line} names CCQ but is no line that ccq inserts: half of an integration, or changed by hand; "
+            "restore this file from upstream (all our lines in it may go), then ccq-convert integrate --revert removes "
+            "the rest",
+            file=path,
+        )
+
+
 def _apply(text: _Text, edits: list[Edit], path: str) -> None:
     """Insert all edits.  Raises ``IntegrationError`` naming the anchor that does not occur exactly once."""
     places: list[tuple[int, list[str]]] = []
@@ -163,11 +181,13 @@ def _undo(text: _Text, edits: list[Edit], moved: bool = False) -> list[Edit]:
 
 @dataclass(frozen=True)
 class Record:
-    """What an integration notes in its folder: the version of ccq, its script, and its own files in the folder."""
+    """What an integration notes in its folder: the version of ccq, its script, its own files in the folder, and whether
+    the kernels for NVIDIA GPUs are among them."""
 
     version: str
     script: str
     files: list[str]
+    cuda: bool
 
 
 @dataclass
@@ -175,24 +195,26 @@ class State:
     """What was found in a tree.
 
     ``family`` is a key of ``FAMILIES``; ``version`` that of the integration in the tree, ``None`` if there is none;
-    ``outdated`` our own files that differ from this version's.
+    ``cuda`` whether it has the kernels for NVIDIA GPUs; ``outdated`` our own files that differ from those that are wanted.
     """
 
     tree: Path
     family: str
     version: str | None
+    cuda: bool
     outdated: list[str]
 
     def as_text(self) -> str:
         """One line for people."""
         if self.version is None:
             return f"{self.tree}: {self.family}, without CCQ"
+        found = f"{self.tree}: {self.family} with CCQ {'and its CUDA kernels ' if self.cuda else ''}of ccq {self.version}"
         if self.outdated:
             return (
-                f"{self.tree}: {self.family} with CCQ of ccq {self.version}; this version has {len(self.outdated)} "
+                f"{found}; this version has {len(self.outdated)} "
                 f"other files ({', '.join(self.outdated[:3])}{', ...' if self.outdated[3:] else ''})"
             )
-        return f"{self.tree}: {self.family} with CCQ of ccq {self.version}"
+        return found
 
     @property
     def current(self) -> bool:
@@ -201,18 +223,27 @@ class State:
 
 
 class Integration:
-    """One tree, and what this version of CCQ puts into it.
+    """One tree, and what this version of CCQ puts into it: with ``cuda``, or if the tree has them already, the kernels
+    for NVIDIA GPUs too.
 
-    Raises ``IntegrationError`` if the tree is of no known family, or our folder in it is damaged.
+    Raises ``IntegrationError`` if the tree is of no known family, or of one that there are no such kernels for, or our
+    folder in it is damaged.
     """
 
-    def __init__(self, tree: str | os.PathLike[str], sources: Path | None = None) -> None:
+    def __init__(self, tree: str | os.PathLike[str], sources: Path | None = None, cuda: bool = False) -> None:
         self.tree = Path(tree)
         self.sources = sources if sources is not None else source_folder()
         self.family = self._family()
         self.script = (self.sources / _EDITS / f"{self.family}.edits").read_text()
+        cuda_script = self.sources / _EDITS / f"{self.family}.cuda.edits"
+        self.cuda_script = cuda_script.read_text() if cuda_script.is_file() else ""
         self.folder = self.tree / FOLDER
         self.old = self._record()
+        self.cuda = cuda or (self.old is not None and self.old.cuda)
+        if self.cuda:
+            if not self.cuda_script:
+                raise IntegrationError(f"is {self.family}, whose CUDA backend ccq has no kernels for", file=self.tree)
+            self.script += self.cuda_script
         self.files = self._own_files()
 
     def _family(self) -> str:
@@ -231,8 +262,9 @@ class Integration:
             return None
         try:
             record = json.loads(path.read_text())
-            found = Record(str(record["version"]), str(record["script"]), list(map(str, record["files"])))
-        except (ValueError, KeyError, TypeError) as error:
+            files = list(map(str, record["files"]))
+            found = Record(str(record["version"]), str(record["script"]), files, bool(record.get("cuda", False)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrationError(f"is damaged: {error}; {_WITHOUT_RECORD}", file=path) from None
         if not _is_inside(found.files):
             raise IntegrationError(f"is damaged: a file lies outside; {_WITHOUT_RECORD}", file=path)
@@ -242,17 +274,22 @@ class Integration:
         """Our own files by their path in the folder, the record among them."""
         wanted = [p for top in ("include", "core", "cpu", "fork") for p in sorted((self.sources / top).rglob("*"))]
         wanted += [self.sources / "ggml" / name for name in _PLUGIN_SOURCES]
+        if self.cuda:
+            wanted += [self.sources / "cuda" / name for name in _CUDA_SOURCES]
         files = {
             p.relative_to(self.sources).as_posix(): p.read_bytes()
             for p in wanted
-            if p.is_file() and p.suffix in (".c", ".cpp", ".h", ".inl", ".txt", ".cmake")
+            if p.is_file() and p.suffix in (".c", ".cpp", ".cu", ".h", ".inl", ".txt", ".cmake")
         }
+        if not self.cuda:
+            files = {name: data for name, data in files.items() if not name.startswith(f"{_CUDA_GLUE}/")}
         files["CMakeLists.txt"] = files.pop("fork/CMakeLists.txt")
         files["ggml/host_abi.h"] = files.pop("fork/host_abi.h")
         files["fork/version.h"] = f'#define CCQ_VERSION "{ccq_format.__version__}"\n'.encode()
         record = {
             "version": ccq_format.__version__,
             "family": self.family,
+            **({"cuda": True} if self.cuda else {}),
             "files": sorted(files),
             "script": self.script,
         }
@@ -261,10 +298,20 @@ class Integration:
 
     # --- what is there
 
-    def _clean(self, script: str) -> tuple[dict[str, bytes], dict[str, bytes], list[tuple[str, Edit]]]:
+    def _there(self) -> list[FileEdits]:
+        """The edits that should be in the tree, or, without a record, all that could be left of an integration."""
+        if self.old is not None:
+            return parse(self.old.script, self.family)
+        return parse(self.script, self.family) + ([] if self.cuda else self._only_cuda())
+
+    def _only_cuda(self) -> list[FileEdits]:
+        """The edits for ``--cuda``, in files that have no others; nothing is amiss where there are none."""
+        return [replace(file, optional=True) for file in parse(self.cuda_script, self.family)]
+
+    def _clean(self) -> tuple[dict[str, bytes], dict[str, bytes], list[tuple[str, Edit]]]:
         """The edited files as they are and without the edits, and the edits that are not where they should be."""
         now, clean, missing = {}, {}, []
-        for file in parse(script, self.family):
+        for file in self._there():
             path = self.tree / file.path
             if not path.is_file():
                 if file.optional:
@@ -274,33 +321,30 @@ class Integration:
             text = _Text(now[file.path])
             missing += [(file.path, edit) for edit in _undo(_Text(now[file.path]), file.edits)]
             _undo(text, file.edits, moved=True)
-            line = text.mention()
-            if line is not None:
-                raise IntegrationError(
-                    f"line {line} names CCQ but is no line that ccq inserts: half of an integration, or changed by "
-                    "hand; restore this file from upstream (all our lines in it may go), then ccq-convert integrate "
-                    "--revert removes the rest",
-                    file=path,
-                )
+            _refuse_mention(text, path)
             clean[file.path] = text.data()
+        if self.old is not None and not self.old.cuda:
+            for file in self._only_cuda():
+                if (self.tree / file.path).is_file():
+                    _refuse_mention(_Text((self.tree / file.path).read_bytes()), self.tree / file.path)
         return now, clean, missing
 
     def state(self) -> State:
         """Look at the tree.  Raises ``IntegrationError`` if it is half edited."""
         self._require_whole()
         if self.old is None:
-            return State(self.tree, self.family, None, [])
+            return State(self.tree, self.family, None, False, [])
         names = sorted({*self.files, *self.old.files})
         outdated = [name for name in names if self._on_disk(name) != self.files.get(name)]
-        return State(self.tree, self.family, self.old.version, outdated)
+        return State(self.tree, self.family, self.old.version, self.old.cuda, outdated)
 
     def _on_disk(self, name: str) -> bytes | None:
         path = self.folder / name
         return path.read_bytes() if path.is_file() else None
 
     def _require_whole(self) -> None:
-        now, _, missing = self._clean(self.old.script if self.old else self.script)
-        total = sum(len(f.edits) for f in parse(self.script, self.family) if f.path in now)
+        now, _, missing = self._clean()
+        total = sum(len(f.edits) for f in self._there() if f.path in now)
         if self.old is not None and missing:
             path, edit = missing[0]
             raise IntegrationError(
@@ -322,7 +366,7 @@ class Integration:
         people; nothing if all is there.  Raises ``IntegrationError`` before anything is changed."""
         if self.state().current:
             return []
-        now, clean, _ = self._clean(self.old.script if self.old else self.script)
+        now, clean, _ = self._clean()
         wanted = {f"{FOLDER}/{name}": data for name, data in self.files.items()} | clean
         report = []
         for file in parse(self.script, self.family):
@@ -346,7 +390,7 @@ class Integration:
     def revert(self, dry_run: bool = False) -> list[str]:
         """Take CCQ out of the tree, half of an integration too.  Returns what was changed, for people.  Raises
         ``IntegrationError`` before anything is changed if our lines were changed by hand or our folder holds more."""
-        now, clean, _ = self._clean(self.old.script if self.old else self.script)
+        now, clean, _ = self._clean()
         ours = {*(self.old.files if self.old else []), RECORD}
         there = [p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if not p.is_dir()]
         foreign = sorted(set(there) - ours)

@@ -1,4 +1,4 @@
-/* The kernels.  Sizes and layouts are checked by their callers in ccq_cuda.cu. */
+/* The kernels.  Sizes and layouts are checked by their callers, which go through launch.h. */
 #ifndef CCQ_CUDA_KERNELS_H
 #define CCQ_CUDA_KERNELS_H
 

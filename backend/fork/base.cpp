@@ -107,6 +107,15 @@ bool ggml_ccq_involved(const ggml_tensor * op) {
     return ccq::involves_ccq(*op);
 }
 
+bool ggml_ccq_runs_on(const char * backend) {
+#ifdef GGML_CCQ_CUDA
+    return strcmp(backend, "CUDA") == 0;
+#else
+    (void)backend;
+    return false;
+#endif
+}
+
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     void ggml_ccq_dequantize_row_##stem(const void * x, float * y, int64_t k) {                                        \
         row_of(GGML_TYPE_CCQ_##STEM).to_float(x, y, k);                                                                \

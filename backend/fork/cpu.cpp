@@ -1,35 +1,17 @@
 // ggml-cpu's part: MUL_MAT, MUL_MAT_ID and GET_ROWS, instead of ggml_compute_forward.
 #include "ggml-ccq.h"
 
-#include "../ggml/nodes.h"
 #include "../ggml/ops.h"
+#include "op_class.h"
 
 #include <algorithm>
 #include <cstring>
 #include <new>
 
+using ccq::classify;
 using ccq::OpClass;
 
 namespace {
-
-OpClass classify(ggml_op op) {
-    switch (op) {
-    case GGML_OP_MUL_MAT: return OpClass::MulMat;
-    case GGML_OP_MUL_MAT_ID: return OpClass::MulMatId;
-    case GGML_OP_GET_ROWS: return OpClass::GetRows;
-    case GGML_OP_CPY: return OpClass::Copy;
-    case GGML_OP_NONE:
-    case GGML_OP_RESHAPE:
-    case GGML_OP_VIEW:
-    case GGML_OP_PERMUTE:
-    case GGML_OP_TRANSPOSE: return OpClass::View;
-    case GGML_OP_MAP_CUSTOM1:
-    case GGML_OP_MAP_CUSTOM2:
-    case GGML_OP_MAP_CUSTOM3:
-    case GGML_OP_CUSTOM: return OpClass::ForeignCustom;
-    default: return OpClass::Other;
-    }
-}
 
 // What the threads of one product share at the beginning of ggml's work buffer.
 struct Shared {

@@ -15,6 +15,9 @@ bool ggml_is_ccq(enum ggml_type type);
 // True if one of the types takes part in the op, as its result or as a source.
 bool ggml_ccq_involved(const struct ggml_tensor * op);
 
+// True if a backend that is not the CPU's has kernels of the types: "CUDA", if they were put into the tree.
+bool ggml_ccq_runs_on(const char * backend);
+
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     void ggml_ccq_dequantize_row_##stem(const void * x, float * y, int64_t k);                                         \
     void ggml_ccq_quantize_row_##stem(const float * x, void * y, int64_t k);                                           \

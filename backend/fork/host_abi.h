@@ -14,6 +14,8 @@
 namespace ccq::abi {
 
 constexpr int32_t kTypeF32 = GGML_TYPE_F32;
+constexpr int32_t kTypeF16 = GGML_TYPE_F16;
+constexpr int32_t kTypeBF16 = GGML_TYPE_BF16;
 constexpr int32_t kTypeQ8_0 = GGML_TYPE_Q8_0;
 constexpr int32_t kTypeI32 = GGML_TYPE_I32;
 

@@ -98,7 +98,7 @@ struct KnownType {
 // Rows around the eight that are filled; the last one lies beyond them.
 constexpr KnownType kKnownTypes[] = {
     {abi::kTypeF32, "f32", 1, 4},
-    {1, "f16", 1, 2},
+    {abi::kTypeF16, "f16", 1, 2},
     {2, "q4_0", 32, 18},
     {3, "q4_1", 32, 20},
     {6, "q5_0", 32, 22},
@@ -108,7 +108,7 @@ constexpr KnownType kKnownTypes[] = {
     {14, "q6_K", 256, 210},
     {20, "iq4_nl", 32, 18},
     {abi::kTypeI32, "i32", 1, 4},
-    {30, "bf16", 1, 2},
+    {abi::kTypeBF16, "bf16", 1, 2},
     {34, "tq1_0", 256, 54},
     {35, "tq2_0", 256, 66},
     {39, "mxfp4", 32, 17},

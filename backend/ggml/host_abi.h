@@ -22,8 +22,10 @@ constexpr int kMaxName = 64;
 
 // enum ggml_type; checked by name
 constexpr int32_t kTypeF32 = 0;
+constexpr int32_t kTypeF16 = 1;
 constexpr int32_t kTypeQ8_0 = 8;
 constexpr int32_t kTypeI32 = 26;
+constexpr int32_t kTypeBF16 = 30;
 
 // Types are numbered in memory as they are in files.
 constexpr int32_t kMaxTypes = 64;
