@@ -9,6 +9,8 @@ for the kernels for NVIDIA GPUs.  A line of a script is one of::
     or after | or before    the same edit with another anchor, for trees in which the first is not found
     |TEXT                   a line of the anchor; the whole anchor must occur exactly once in the file
     +TEXT                   a line to insert
+    t+TEXT                  a line to insert for every type; {NAME} and the like are replaced (``_of_types``)
+    m+TEXT                  the same for every mixture (``_of_mixtures``)
 
 Only whole lines are inserted, and they are all that is removed again, so that reverting restores every byte, whatever
 else was changed in the tree meanwhile.  All other code is in one folder of the tree, ``FOLDER``.  It holds a record
@@ -26,7 +28,11 @@ from pathlib import Path, PurePosixPath
 
 import ccq_format
 from ccq_format.errors import IntegrationError
+from ccq_format.layouts import LAYOUTS, by_name
 from ccq_format.output import OutputFile
+
+from .mixtures import LADDER, MIXTURES
+from .target_types import SMALLER_BLOCKS
 
 FOLDER = "ggml/src/ggml-ccq"
 """Where our own files go."""
@@ -34,6 +40,12 @@ FOLDER = "ggml/src/ggml-ccq"
 RECORD = "integration.json"
 
 _EDITS = "fork/edits"
+
+_FILE_TYPE, _MIXTURE = 900, 950
+"""What is added to the id of a type for its number among llama.cpp's file types (llama_ftype), and to that of a
+mixture's most frequent type."""
+
+_CODES = {"trellis": "trellis code", "paper": "code of arXiv 2507.07145"}
 
 _WITHOUT_RECORD = f"remove the folder {FOLDER}, then ccq-convert integrate --revert takes our lines out of the tree"
 """What to do where the record cannot be used: the lines of this version are known without it."""
@@ -79,8 +91,72 @@ class FileEdits:
     edits: list[Edit] = field(default_factory=list)
 
 
+def _of_types() -> list[dict[str, object]]:
+    """What lines for every type can name."""
+    return [
+        {
+            "NAME": layout.name.upper(),
+            "id": layout.gguf_id,
+            "index": index,
+            "ftype": _FILE_TYPE + layout.gguf_id,
+            "weights": layout.block_weights,
+            "bytes": layout.block_bytes,
+            "bpw": layout.bpw,
+            "code": _CODES[layout.code.family],
+            # of test-quantize-fns
+            "total_error": ["BINARY", "TERNARY", "2BITS", "3BITS"][sum(layout.bpw > limit for limit in (1.5, 2, 2.6))],
+            "dot_error": "BINARY" if layout.bpw < 1.5 else "LOWBIT",
+        }
+        for index, layout in enumerate(LAYOUTS)
+    ]
+
+
+def _of_mixtures() -> list[dict[str, object]]:
+    """What lines for every mixture can name."""
+    return [
+        {
+            "NAME": mixture.name.upper(),
+            "BASE": mixture.base.upper(),
+            "ftype": _MIXTURE + by_name(mixture.base).gguf_id,
+        }
+        for mixture in MIXTURES.values()
+    ]
+
+
+def expand(script: str) -> str:
+    """A script with its lines for every type and mixture written out."""
+    kinds = {"t+": _of_types(), "m+": _of_mixtures()}
+    lines = []
+    for line in script.splitlines():
+        values = kinds.get(line[:2])
+        lines += [line] if values is None else ["+" + line[2:].format(**value) for value in values]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _plans() -> str:
+    """The header that tells llama-quantize of mixtures and of types that others fall back to."""
+    ladder = ", ".join(f"GGML_TYPE_{name.upper()}" for name in LADDER)
+    mixtures = [
+        f"X({m.name.removeprefix('ccq_').upper()}, {', '.join(t.upper() for t in (m.base, m.embedding, m.output))})"
+        for m in MIXTURES.values()
+    ]
+    smaller = [f"X({name.upper()}, {smaller.upper()})" for name, (smaller,) in SMALLER_BLOCKS.items()]
+    return "\n".join(
+        [
+            "// Made from ccq_converters.mixtures and .target_types.",
+            "#pragma once",
+            f"#define LLAMA_CCQ_LADDER {ladder}",
+            "// X(STEM, type of most matrices, of the token embedding, of the output)",
+            "#define LLAMA_CCQ_MIXTURES(X) " + " ".join(mixtures),
+            "// X(type, type of the same kind with smaller blocks)",
+            "#define LLAMA_CCQ_SMALLER(X) " + " ".join(smaller),
+            "",
+        ]
+    )
+
+
 def parse(script: str, name: str) -> list[FileEdits]:
-    """Read an edit script.  Raises ``IntegrationError`` with the line that is none."""
+    """Read an edit script (expanded).  Raises ``IntegrationError`` with the line that is none."""
     files: list[FileEdits] = []
     for number, line in enumerate(script.splitlines(), 1):
         words = line.split()
@@ -195,7 +271,7 @@ class State:
     """What was found in a tree.
 
     ``family`` is a key of ``FAMILIES``; ``version`` that of the integration in the tree, ``None`` if there is none;
-    ``cuda`` whether it has the kernels for NVIDIA GPUs; ``outdated`` our own files that differ from those that are wanted.
+    ``cuda`` whether it has the kernels for NVIDIA GPUs; ``outdated`` our own files that differ from this version's.
     """
 
     tree: Path
@@ -208,7 +284,8 @@ class State:
         """One line for people."""
         if self.version is None:
             return f"{self.tree}: {self.family}, without CCQ"
-        found = f"{self.tree}: {self.family} with CCQ {'and its CUDA kernels ' if self.cuda else ''}of ccq {self.version}"
+        kernels = "and its CUDA kernels " if self.cuda else ""
+        found = f"{self.tree}: {self.family} with CCQ {kernels}of ccq {self.version}"
         if self.outdated:
             return (
                 f"{found}; this version has {len(self.outdated)} "
@@ -234,9 +311,9 @@ class Integration:
         self.tree = Path(tree)
         self.sources = sources if sources is not None else source_folder()
         self.family = self._family()
-        self.script = (self.sources / _EDITS / f"{self.family}.edits").read_text()
+        self.script = expand((self.sources / _EDITS / f"{self.family}.edits").read_text())
         cuda_script = self.sources / _EDITS / f"{self.family}.cuda.edits"
-        self.cuda_script = cuda_script.read_text() if cuda_script.is_file() else ""
+        self.cuda_script = expand(cuda_script.read_text()) if cuda_script.is_file() else ""
         self.folder = self.tree / FOLDER
         self.old = self._record()
         self.cuda = cuda or (self.old is not None and self.old.cuda)
@@ -285,6 +362,7 @@ class Integration:
             files = {name: data for name, data in files.items() if not name.startswith(f"{_CUDA_GLUE}/")}
         files["CMakeLists.txt"] = files.pop("fork/CMakeLists.txt")
         files["ggml/host_abi.h"] = files.pop("fork/host_abi.h")
+        files["fork/plans.h"] = _plans().encode()
         files["fork/version.h"] = f'#define CCQ_VERSION "{ccq_format.__version__}"\n'.encode()
         record = {
             "version": ccq_format.__version__,

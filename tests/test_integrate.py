@@ -22,7 +22,10 @@ from ccq_format.layouts import LAYOUTS
 
 from .upstream_diff.fetch import ARCHIVES, source_tree
 
-SCRIPTS = {family: (integrate.source_folder() / "fork/edits" / f"{family}.edits").read_text() for family in FAMILIES}
+SCRIPTS = {
+    family: integrate.expand((integrate.source_folder() / "fork/edits" / f"{family}.edits").read_text())
+    for family in FAMILIES
+}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 

@@ -5,6 +5,7 @@
 
 #include "../core/layouts.h"
 #include "llama.h"
+#include "plans.h"
 #include "version.h"
 
 #include <algorithm>
@@ -13,13 +14,6 @@
 #include <numeric>
 #include <string>
 #include <vector>
-
-// X(STEM, type of most matrices, of the token embedding, of the output)
-#define LLAMA_CCQ_MIXTURES(X)                                                                                          \
-    X(T1_5_M, CCQ_T1_5, CCQ_T2, CCQ_T3)                                                                                \
-    X(T2_M, CCQ_T2, CCQ_T2_5, CCQ_T3)                                                                                  \
-    X(T2_5_M, CCQ_T2_5, CCQ_T3, IQ4_NL)                                                                                \
-    X(T3_M, CCQ_T3, CCQ_T3, Q5_0)
 
 struct llama_ccq_scheme {
     ggml_type base, embedding, output; // base is GGML_TYPE_COUNT if the file type is not ours
@@ -57,6 +51,17 @@ inline bool llama_is_ccq(ggml_type type) {
     }
 }
 
+// What a matrix of a type of ours gets whose rows are no whole blocks of it.
+inline ggml_type llama_ccq_fallback(ggml_type type, int64_t n_columns) {
+#define X(larger, smaller)                                                                                             \
+    if (type == GGML_TYPE_##larger && n_columns % ggml_blck_size(GGML_TYPE_##smaller) == 0) {                          \
+        return GGML_TYPE_##smaller;                                                                                    \
+    }
+    LLAMA_CCQ_SMALLER(X)
+#undef X
+    return GGML_TYPE_Q8_0;
+}
+
 // Name of a file type of ours, or nullptr.
 inline const char * llama_ccq_ftype_name(llama_ftype ftype) {
     const char * name = llama_ccq_scheme_of(ftype).name;
@@ -66,8 +71,7 @@ inline const char * llama_ccq_ftype_name(llama_ftype ftype) {
 // The type of a tensor that may be quantized, in a file of a type of ours.  n_gqa: query heads that share a key.
 inline ggml_type llama_ccq_tensor_type(llama_ftype ftype, const ggml_tensor * tensor, int n_layer, int n_expert,
                                        int n_gqa, bool tied) {
-    static constexpr ggml_type ladder[] = {GGML_TYPE_CCQ_T1_5, GGML_TYPE_CCQ_T2, GGML_TYPE_CCQ_T2_5, GGML_TYPE_CCQ_T3,
-                                           GGML_TYPE_IQ4_NL,   GGML_TYPE_Q5_0,   GGML_TYPE_Q8_0};
+    static constexpr ggml_type ladder[] = {LLAMA_CCQ_LADDER};
     const llama_ccq_scheme scheme = llama_ccq_scheme_of(ftype);
     const std::string name = tensor->name;
     const auto ends_with = [&name](const char * suffix) {
