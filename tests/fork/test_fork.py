@@ -113,6 +113,21 @@ def wide(source: Path) -> Path:
     return write_model(source.with_name("wide.gguf"), random_tensors("ccq_t3", 0)[1], 0)
 
 
+@pytest.fixture(scope="module")
+def untied(source: Path) -> Path:
+    """The bundled model with an output matrix of its own: mixtures give the embedding another type than that."""
+    model, out = open_model(source), source.with_name("untied.gguf")
+    tensors = {t.name: t for t in model.tensors} | {"output.weight": model.tensor("token_embd.weight")}
+    with ModelWriter(out, "") as writer:
+        writer.copy_metadata(model)
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor.type_name, tensor.shape)
+        writer.begin()
+        for name, tensor in tensors.items():
+            writer.write(name, tensor.stored_rows(0, tensor.n_rows))
+    return out
+
+
 def make_importance(source: Path) -> Path:
     """Made up, over three orders of magnitude, some channels silent."""
     rng = np.random.default_rng(7)
@@ -146,13 +161,13 @@ def binary_importance(path: Path) -> Path:
 
 class Models(dict[str, tuple[Path, Path, Path]]):
     """By type or mixture: a model, made-up importance, and what ccq-convert makes of them when it is first asked for.
-    The bundled model, or for CCQ_P2, which its rows are too short for, the random one."""
+    The bundled model, untied for mixtures, or for CCQ_P2, which its rows are too short for, the random one."""
 
-    def __init__(self, source: Path, wide: Path) -> None:
-        self.source, self.wide = source, wide
+    def __init__(self, source: Path, wide: Path, untied: Path) -> None:
+        self.source, self.wide, self.untied = source, wide, untied
 
     def __missing__(self, name: str) -> tuple[Path, Path, Path]:
-        original = self.wide if name == "ccq_p2" else self.source
+        original = self.wide if name == "ccq_p2" else self.untied if name in MIXTURES else self.source
         importance = original.with_suffix(".imatrix.gguf")
         if not importance.exists():
             make_importance(original)
@@ -173,8 +188,8 @@ class Models(dict[str, tuple[Path, Path, Path]]):
 
 
 @pytest.fixture(scope="module")
-def models(source: Path, wide: Path) -> Models:
-    return Models(source, wide)
+def models(source: Path, wide: Path, untied: Path) -> Models:
+    return Models(source, wide, untied)
 
 
 def data(tree: Tree, path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
