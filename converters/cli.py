@@ -422,7 +422,9 @@ def plugin_path() -> None:
     help="Only say whether the tree is integrated; exit code 1 if it is not, or not with this version.",
 )
 @click.option("--revert", is_flag=True, help="Take CCQ out of the tree again; restores every byte.")
-@click.option("--cuda", is_flag=True, help="Also the kernels for NVIDIA GPUs; a tree that has them keeps them without it.")
+@click.option(
+    "--cuda", is_flag=True, help="Also the kernels for NVIDIA GPUs; a tree that has them keeps them without it."
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be changed.")
 @click.pass_context
 def integrate(ctx: click.Context, tree: Path, check: bool, revert: bool, cuda: bool, dry_run: bool) -> None:

@@ -190,7 +190,8 @@ class State:
     """What was found in a tree.
 
     ``family`` is a key of ``FAMILIES``; ``version`` that of the integration in the tree, ``None`` if there is none;
-    ``cuda`` whether it has the kernels for NVIDIA GPUs; ``outdated`` our own files that differ from those that are wanted.
+    ``cuda`` whether it has the kernels for NVIDIA GPUs; ``outdated`` our own files that differ from those of this
+    version, with these kernels if they are wanted.
     """
 
     tree: Path
@@ -203,7 +204,9 @@ class State:
         """One line for people."""
         if self.version is None:
             return f"{self.tree}: {self.family}, without CCQ"
-        found = f"{self.tree}: {self.family} with CCQ {'and its CUDA kernels ' if self.cuda else ''}of ccq {self.version}"
+        found = (
+            f"{self.tree}: {self.family} with CCQ {'and its CUDA kernels ' if self.cuda else ''}of ccq {self.version}"
+        )
         if self.outdated:
             return (
                 f"{found}; this version has {len(self.outdated)} "
