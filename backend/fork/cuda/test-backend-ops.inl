@@ -1,5 +1,6 @@
 // The CCQ types in tests/test-backend-ops.cpp: `test-backend-ops -p ccq` compares a GPU's results with the CPU's,
 // `test-backend-ops perf -p ccq` measures them.
+#include "../../core/layouts.h"
 
 static const ggml_type ccq_types[] = {
 #define X(STEM, stem, id, weights, bytes) GGML_TYPE_CCQ_##STEM,
