@@ -271,7 +271,8 @@ class State:
     """What was found in a tree.
 
     ``family`` is a key of ``FAMILIES``; ``version`` that of the integration in the tree, ``None`` if there is none;
-    ``cuda`` whether it has the kernels for NVIDIA GPUs; ``outdated`` our own files that differ from this version's.
+    ``cuda`` whether it has the kernels for NVIDIA GPUs; ``outdated`` our own files that differ from those of this
+    version, with these kernels if they are wanted.
     """
 
     tree: Path

@@ -45,7 +45,8 @@ def compiler() -> str | None:
 
 
 def build(library: Path, flags: tuple[str, ...] = ("-O1",), cuda: Path = CUDA, units: tuple[str, ...] = UNITS) -> Path:
-    """Compile the device code under ``cuda``, all of it or some ``units``, and the emulator to ``library``."""
+    """Compile the device code under ``cuda``, all of it or some ``units`` (there, or full paths), and the emulator to
+    ``library``."""
     sources = (*(str(cuda / unit) for unit in units), str(EMULATOR / "emulator.cpp"))
     command = (str(compiler()), *FLAGS, *flags, f"-I{EMULATOR}", "-x", "c++", *sources, "-o", str(library))
     subprocess.run(command, check=True)
@@ -53,13 +54,13 @@ def build(library: Path, flags: tuple[str, ...] = ("-O1",), cuda: Path = CUDA, u
 
 
 @cache
-def library() -> Path:
-    """The kernels over the emulator, built once a process; ``CCQ_TEST_EMULATOR`` names one that is built already."""
+def library(units: tuple[str, ...] = UNITS) -> Path:
+    """Some units over the emulator, built once a process; ``CCQ_TEST_EMULATOR`` names what is built already."""
     if built := os.environ.get("CCQ_TEST_EMULATOR"):
         return Path(built)
     folder = tempfile.TemporaryDirectory(prefix="ccq-cuda-")
     atexit.register(folder.cleanup)
-    return build(Path(folder.name) / "emulated.so")
+    return build(Path(folder.name) / "emulated.so", units=units)
 
 
 SANITIZER = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -26,12 +27,21 @@ SCRIPTS = {
     family: integrate.expand((integrate.source_folder() / "fork/edits" / f"{family}.edits").read_text())
     for family in FAMILIES
 }
+CUDA_SCRIPT = integrate.expand((integrate.source_folder() / "fork/edits/llama.cpp.cuda.edits").read_text())
 each_family = pytest.mark.parametrize("family", FAMILIES)
+each_variant = pytest.mark.parametrize(
+    ("family", "options"), [(family, ()) for family in FAMILIES] + [("llama.cpp", ("--cuda",))]
+)
+
+
+def edits_of(family: str, options: tuple[str, ...] = ()) -> list[integrate.FileEdits]:
+    """What a family's tree gets with these options."""
+    return parse(SCRIPTS[family] + (CUDA_SCRIPT if "--cuda" in options else ""), family)
 
 
 def make_tree(folder: Path, family: str, newline: str = "\n") -> Path:
-    """A tree in which every anchor of the family's script occurs once, among other lines."""
-    for at, file in enumerate(parse(SCRIPTS[family], family)):
+    """A tree in which every anchor of the family's scripts occurs once, among other lines."""
+    for at, file in enumerate(edits_of(family, ("--cuda",) if family == "llama.cpp" else ())):
         lines = [f"// file {at}"]
         for number, edit in enumerate(file.edits):
             lines += [*edit.anchors[0].lines, "", f"// {number}: not an anchor, é\x0c"]
@@ -78,6 +88,25 @@ def test_scripts_insert_few_lines_and_name_all_types(family: str) -> None:
         }
 
 
+def test_the_cuda_script_inserts_few_lines_in_files_of_its_own() -> None:
+    edits = parse(CUDA_SCRIPT, "llama.cpp")
+    assert sum(len(edit.text) for file in edits for edit in file.edits) < 50
+    assert not {file.path for file in edits} & {file.path for file in edits_of("llama.cpp")}
+
+
+@each_variant
+def test_own_files_include_what_is_there(family: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    """Our own headers, by relative paths, or ggml's; and no kernels for GPUs unless they are wanted."""
+    tree = make_tree(tmp_path, family)
+    run(tree, *options)
+    here = [p for p in (tree / FOLDER).rglob("*") if p.suffix in (".c", ".cpp", ".cu", ".h")]
+    assert any("cuda" in p.relative_to(tree).parts for p in here) == bool(options)
+    for path in here:
+        for name in re.findall(r'^#include "(.*)"', path.read_text(), re.MULTILINE):
+            of_others = name in ("ggml.h", "ggml-cpu.h", "gguf.h", "llama.h", "emulator.h")
+            assert of_others or any((folder / name).is_file() for folder in (path.parent, tree / FOLDER / "include"))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [("|early", "line 1"), ("+early", "line 1"), ("file a b", "line 1"), ("file a\nnonsense", "line 2")],
@@ -90,18 +119,18 @@ def test_a_bad_script_is_refused(line: str, message: str) -> None:
 # --- integrate, check, revert
 
 
-@each_family
+@each_variant
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_integrate_check_revert(family: str, newline: str, tmp_path: Path) -> None:
+def test_integrate_check_revert(family: str, options: tuple[str, ...], newline: str, tmp_path: Path) -> None:
     tree = make_tree(tmp_path, family, newline)
     before = contents(tree)
     assert run(tree, "--check") == (1, f"{tree}: {family}, without CCQ\n")
-    code, planned = run(tree, "--dry-run")
+    code, planned = run(tree, *options, "--dry-run")
     assert code == 0
     assert contents(tree) == before
-    assert run(tree) == (0, planned)
+    assert run(tree, *options) == (0, planned)
     after = contents(tree)
-    edited = [file.path for file in parse(SCRIPTS[family], family)]
+    edited = [file.path for file in edits_of(family, options)]
     assert {path for path in before if before[path] != after[path]} == set(edited)
     assert all(path.startswith(FOLDER) for path in after.keys() - before.keys())
     for path in edited:
@@ -109,8 +138,8 @@ def test_integrate_check_revert(family: str, newline: str, tmp_path: Path) -> No
         assert {line.endswith(b"\r") for line in lines[:-1]} == {newline == "\r\n"}
     code, said = run(tree, "--check")
     assert code == 0
-    assert "with CCQ of ccq" in said
-    assert run(tree) == (0, "nothing to do\n")
+    assert f"with CCQ {'and its CUDA kernels ' if options else ''}of ccq" in said
+    assert run(tree) == run(tree, *options) == (0, "nothing to do\n")
     assert contents(tree) == after
     assert run(tree, "--revert", "--dry-run")[0] == 0
     assert contents(tree) == after
@@ -170,6 +199,38 @@ def test_an_earlier_version_is_updated_and_can_be_reverted(tmp_path: Path) -> No
     assert contents(tree) == before
 
 
+def test_cuda_comes_later_stays_and_goes_with_the_rest(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree", "llama.cpp")
+    before = contents(tree)
+    Integration(tree).integrate()
+    without = contents(tree)
+    assert "cuda" not in json.loads((tree / FOLDER / RECORD).read_text())
+    code, said = run(tree, "--check", "--cuda")
+    assert code == 1
+    assert "with CCQ of ccq" in said
+    assert "other files" in said
+    assert run(tree, "--cuda")[0] == 0
+    assert run(tree, "--check")[0] == run(tree, "--check", "--cuda")[0] == 0
+    with_cuda = contents(tree)
+    changed = {path for path in without if without[path] != with_cuda[path]}
+    assert changed == {file.path for file in parse(CUDA_SCRIPT, "llama.cpp")} | {f"{FOLDER}/{RECORD}"}
+    direct = make_tree(tmp_path / "direct", "llama.cpp")
+    Integration(direct, cuda=True).integrate()
+    assert contents(direct) == with_cuda
+    # an update, by a later version, without being told again
+    old = tmp_path / "old"
+    shutil.copytree(integrate.source_folder(), old)
+    (old / "cuda/launch.h").write_text("/* earlier */\n")
+    Integration(tree).revert()
+    assert contents(tree) == before
+    Integration(tree, old, cuda=True).integrate()
+    assert Integration(tree).state().outdated == ["cuda/launch.h"]
+    assert run(tree)[0] == 0
+    assert contents(tree) == with_cuda
+    assert run(tree, "--revert")[0] == 0
+    assert contents(tree) == before
+
+
 # --- refusals: nothing is changed
 
 
@@ -185,11 +246,15 @@ def test_no_tree(tmp_path: Path) -> None:
     refused(tmp_path, "is no source tree of llama.cpp: it has no ggml/src/ggml-cpu/ggml-cpu.c")
 
 
-@each_family
-def test_a_missing_anchor_is_named(family: str, tmp_path: Path) -> None:
+def test_cuda_in_a_family_that_has_no_such_kernels(tmp_path: Path) -> None:
+    refused(make_tree(tmp_path, "ik_llama.cpp"), "is ik_llama.cpp, whose CUDA backend ccq has no kernels for", "--cuda")
+
+
+@each_variant
+def test_a_missing_anchor_is_named(family: str, options: tuple[str, ...], tmp_path: Path) -> None:
     """Every one of them, one after the other."""
     tree = make_tree(tmp_path, family)
-    for file in parse(SCRIPTS[family], family):
+    for file in edits_of(family, options):
         path = tree / file.path
         good = path.read_bytes()
         for edit in file.edits:
@@ -198,9 +263,9 @@ def test_a_missing_anchor_is_named(family: str, tmp_path: Path) -> None:
             for bad, times in ((good.replace(wanted, b"", 1), good.count(wanted) - 1), (good + wanted, 2)):
                 path.write_bytes(bad)
                 if times != 1:  # an anchor may also be the beginning of a longer one
-                    refused(tree, f"{path}: the anchor {anchor} occurs {times} times")
+                    refused(tree, f"{path}: the anchor {anchor} occurs {times} times", *options)
         path.write_bytes(good)
-    assert run(tree)[0] == 0
+    assert run(tree, *options)[0] == 0
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -252,9 +317,24 @@ def test_a_line_of_ours_was_deleted(tmp_path: Path) -> None:
 def test_edits_without_the_folder(tmp_path: Path) -> None:
     tree = make_tree(tmp_path, "llama.cpp")
     clean = contents(tree)
-    Integration(tree).integrate()
-    shutil.rmtree(tree / FOLDER)
-    refused(tree, f"but no {FOLDER}: half of an integration")
+    for cuda in (False, True):
+        Integration(tree, cuda=cuda).integrate()
+        shutil.rmtree(tree / FOLDER)
+        refused(tree, f"but no {FOLDER}: half of an integration")
+        assert run(tree, "--revert")[0] == 0
+        assert contents(tree) == clean
+
+
+def test_edits_for_cuda_without_the_rest(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path, "llama.cpp")
+    clean = contents(tree)
+    source = tree / "ggml/src/ggml-cuda/ggml-cuda.cu"
+    Integration(tree, cuda=True).integrate()
+    edited = source.read_bytes()
+    Integration(tree).revert()
+    source.write_bytes(edited)
+    for options in ((), ("--cuda",), ("--check",)):
+        refused(tree, f"but no {FOLDER}: half of an integration", *options)
     assert run(tree, "--revert")[0] == 0
     assert contents(tree) == clean
 
@@ -291,7 +371,7 @@ def test_a_killed_process_leaves_what_can_be_reverted(tmp_path: Path, monkeypatc
     tree = make_tree(tmp_path, "llama.cpp")
     clean = contents(tree)
     real = integrate._write
-    for writes in (1, 20, len(Integration(tree).files) + 5):
+    for writes, cuda in itertools.product((1, 20, len(Integration(tree).files) + 5), (False, True)):
         left = [writes]
 
         def failing(path: Path, data: bytes, left: list[int] = left) -> None:
@@ -304,7 +384,7 @@ def test_a_killed_process_leaves_what_can_be_reverted(tmp_path: Path, monkeypatc
         monkeypatch.setattr(integrate, "_write", failing)
         pid = os.fork()
         if pid == 0:
-            Integration(tree).integrate()
+            Integration(tree, cuda=cuda).integrate()
         assert os.waitpid(pid, 0)[1] != 0
         monkeypatch.undo()
         refused(tree, "half of an integration; ccq-convert integrate --revert")
@@ -354,13 +434,15 @@ def test_real_trees(package: str, tmp_path: Path) -> None:
     """The files that are edited, of the pinned source archives."""
     source = source_tree(package)
     family = Integration(source).family
+    options = ("--cuda",) if family == "llama.cpp" else ()
     tree = tmp_path / "tree"
-    for path in [FAMILIES[family], *(file.path for file in parse(SCRIPTS[family], family))]:
+    for path in [FAMILIES[family], *(file.path for file in edits_of(family, options))]:
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, tree / path)
     before = contents(tree)
-    assert run(tree)[0] == 0
-    assert run(tree, "--check")[0] == 0
-    assert run(tree) == (0, "nothing to do\n")
-    assert run(tree, "--revert")[0] == 0
-    assert contents(tree) == before
+    for chosen in {(), options}:
+        assert run(tree, *chosen)[0] == 0
+        assert run(tree, "--check", *chosen)[0] == 0
+        assert run(tree) == (0, "nothing to do\n")
+        assert run(tree, "--revert")[0] == 0
+        assert contents(tree) == before

@@ -49,11 +49,12 @@ OPTIONS = [
 @dataclass(frozen=True)
 class Kind:
     """A way to compile a tree: its build folder there, CMake's options, and the targets instead of ``TARGETS``; with
-    them it is for llama.cpp alone."""
+    them it is for llama.cpp alone.  ``cuda``: with kernels for NVIDIA GPUs."""
 
     folder: str
     options: tuple[str, ...]
     targets: tuple[str, ...] = ()
+    cuda: bool = False
 
 
 KINDS = {
@@ -81,6 +82,20 @@ KINDS = {
         ),
         ("llama-simple",),
     ),
+    # PTX for all GPUs from Turing on, compiled further on the machine that runs it; CUDAARCHS names others.  Flash
+    # attention would be most of what is compiled, and without virtual memory the driver's library need not be there.
+    "cuda": Kind(
+        "build-cuda",
+        (
+            "-DBUILD_SHARED_LIBS=OFF",
+            "-DGGML_CUDA=ON",
+            "-DGGML_CUDA_FA=OFF",
+            "-DGGML_CUDA_NO_VMM=ON",
+            f"-DCMAKE_CUDA_ARCHITECTURES={os.environ.get('CUDAARCHS', '75-virtual')}",
+        ),
+        ("llama-completion", "llama-bench", "test-backend-ops"),
+        cuda=True,
+    ),
 }
 
 
@@ -104,13 +119,13 @@ def build(package: str, kind: Kind) -> None:
             (partial / BUILD_INFO).parent.mkdir(exist_ok=True)
             (partial / BUILD_INFO).write_text(BUILD_INFO_TEXT)
         partial.rename(tree)
-    integration = Integration(tree)
-    for line in integration.integrate():
-        print(line)
-    if kind.targets and integration.family != "llama.cpp":
+    if kind.targets and Integration(tree).family != "llama.cpp":
         raise click.ClickException(
             f"{package} can only be compiled as {' or '.join(k for k in KINDS if not KINDS[k].targets)}"
         )
+    integration = Integration(tree, cuda=kind.cuda)
+    for line in integration.integrate():
+        print(line)
     jobs = os.environ.get("JOBS", str(os.cpu_count() or 1))
     folder = tree / kind.folder
     options = [*OPTIONS, *kind.options]

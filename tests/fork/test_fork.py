@@ -41,7 +41,7 @@ BUILT = Path(os.environ.get("CCQ_FORK_TREES", ROOT / "build/fork"))
 TEXT = ROOT / "examples/heldout.txt"
 TYPES = [layout.name for layout in LAYOUTS]
 MIXTURES = ["ccq_t1_5_m", "ccq_t2_m", "ccq_t2_5_m", "ccq_t3_m"]
-PROGRAMS = ("llama-quantize", "llama-simple")
+PROGRAMS = ("llama-quantize", "llama-simple", "test-backend-ops")
 NAMES = {
     f"{path.name}-{name}": (path, kind)
     for path in sorted(BUILT.glob("*"))
@@ -49,6 +49,7 @@ NAMES = {
     if any((path / kind.folder / "bin" / program).is_file() for program in PROGRAMS)
 }
 ARM = [name for name, (_, kind) in NAMES.items() if kind is KINDS["aarch64"]]
+CUDA = [name for name, (_, kind) in NAMES.items() if kind is KINDS["cuda"]]
 CPUS = ["cortex-a72", "neoverse-n1", "max"]
 """Without dot products, with them, and with int8 matrix products."""
 
@@ -84,7 +85,7 @@ class Tree:
         return out
 
 
-@pytest.fixture(params=each([name for name in NAMES if name not in ARM], "make fork"), scope="module")
+@pytest.fixture(params=each([name for name in NAMES if name not in ARM + CUDA], "make fork"), scope="module")
 def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tree:
     tree = Tree(request.param)
     tree.cwd = tmp_path_factory.mktemp("cwd")
@@ -97,6 +98,14 @@ def arm(request: pytest.FixtureRequest) -> Tree:
     if shutil.which("qemu-aarch64") is None:
         pytest.skip("needs qemu-aarch64 (Debian: qemu-user)")
     return Tree(request.param)
+
+
+@pytest.fixture(params=each(CUDA, "make fork KIND=cuda"), scope="module")
+def cuda(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """A tree that was compiled with kernels for NVIDIA GPUs."""
+    tree = Tree(request.param)
+    tree.cwd = tmp_path_factory.mktemp("cwd")
+    return tree
 
 
 @pytest.fixture(scope="module")
@@ -395,6 +404,31 @@ def test_greedy_text_on_aarch64(arm: Tree, cpu: str, models: Models) -> None:
     for name in ("ccq_t2", "ccq_t3_m", "ccq_p2_5"):
         model = models[name][2]
         assert plugin_text(model) in arm.run("llama-simple", "-m", model, "-n", "24", PROMPT)
+
+
+@pytest.mark.parametrize("name", ["ccq_t2", "ccq_t3_m", "ccq_p2_5"])
+def test_greedy_text_of_a_cuda_build_on_the_cpu(cuda: Tree, name: str, models: Models) -> None:
+    """Where there is no GPU, and where it is not to be used."""
+    model = models[name][2]
+    options = ("--temp", "0", "-n", "24", "-t", "1", "--no-warmup", "-no-cnv")
+    assert plugin_text(model) in cuda.run(cuda.cli, "-m", model, "-p", PROMPT, *options, "--device", "none")
+    if not devices(cuda):
+        assert plugin_text(model) in cuda.run(cuda.cli, "-m", model, "-p", PROMPT, *options, "-ngl", 99)
+
+
+def devices(tree: Tree) -> list[str]:
+    """GPUs that the tree's programs see."""
+    return re.findall(r"^ +(CUDA\d+):", tree.run(tree.cli, "--list-devices"), re.MULTILINE)
+
+
+def test_ops_on_a_gpu_are_those_of_the_cpu(cuda: Tree) -> None:
+    found = devices(cuda)
+    if not found:
+        pytest.skip("needs an NVIDIA GPU")
+    said = cuda.run("test-backend-ops", "-b", found[0], "-p", "ccq")
+    for op in ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY"):
+        for name in TYPES:
+            assert re.search(rf"{op}\(type\w*={name},.*OK", said), f"{op} of {name} was not run"
 
 
 @pytest.fixture(scope="module")

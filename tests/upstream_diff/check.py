@@ -26,6 +26,8 @@ def misfits(tree: Path) -> list[str]:
     found = []
     try:
         integration = Integration(tree)
+        if integration.cuda_script:
+            integration = Integration(tree, cuda=True)
         integration.integrate(dry_run=True)
     except IntegrationError as error:
         return [str(error)]

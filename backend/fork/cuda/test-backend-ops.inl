@@ -1,5 +1,6 @@
 // The CCQ types in tests/test-backend-ops.cpp: `test-backend-ops -p ccq` compares a GPU's results with the CPU's,
 // `test-backend-ops perf -p ccq` measures them.
+#include "../../core/layouts.h"
 
 static const ggml_type ccq_types[] = {
 #define X(STEM, stem, id, weights, bytes) GGML_TYPE_CCQ_##STEM,
@@ -23,8 +24,8 @@ static void add_ccq_cases(std::vector<std::unique_ptr<test_case>> & cases) {
             cases.emplace_back(new test_mul_mat(type, GGML_TYPE_F32, 16, n, k, {2, 3}, {1, 1}, {0, 2, 1, 3}));
             cases.emplace_back(new test_mul_mat(type, GGML_TYPE_F32, 16, n, k, {2, 3}, {1, 1}, {0, 3, 2, 1}));
             cases.emplace_back(new test_mul_mat(type, GGML_TYPE_F32, 16, n, k, {2, 1}, {1, 1}, {0, 1, 2, 3}, 2 * k));
-            cases.emplace_back(new test_mul_mat(type, GGML_TYPE_F32, 16, n, k, {2, 1}, {2, 1}, {0, 1, 2, 3}, 0, 1,
-                                                false, 19, 3));
+            cases.emplace_back(
+                new test_mul_mat(type, GGML_TYPE_F32, 16, n, k, {2, 1}, {2, 1}, {0, 1, 2, 3}, 0, 1, false, 19, 3));
         }
         for (bool shared : {false, true}) { // rows of activations shared by the experts of a token
             for (int64_t n : {1, 2, 8, 9, 32, 129}) {
