@@ -428,8 +428,16 @@ def test_a_failure_in_the_middle_is_undone(tmp_path_factory: pytest.TempPathFact
 # --- the real trees
 
 
-@pytest.mark.upstream
-@pytest.mark.parametrize("package", ARCHIVES)
+@pytest.mark.parametrize(
+    "package",
+    [
+        # One of each family is fetched by `make test`, too.
+        pytest.param(
+            package, marks=() if package in ("llama-cpp-python", "ik-llama-cpp-python") else pytest.mark.upstream
+        )
+        for package in ARCHIVES
+    ],
+)
 def test_real_trees(package: str, tmp_path: Path) -> None:
     """The files that are edited, of the pinned source archives."""
     source = source_tree(package)
