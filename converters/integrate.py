@@ -32,7 +32,7 @@ from ccq_format.layouts import LAYOUTS, by_name
 from ccq_format.output import OutputFile
 
 from .mixtures import LADDER, MIXTURES
-from .target_types import SMALLER_BLOCKS
+from .target_types import SMALLER_BLOCKS, fallback
 
 FOLDER = "ggml/src/ggml-ccq"
 """Where our own files go."""
@@ -146,6 +146,8 @@ def _plans() -> str:
             "// Made from ccq_converters.mixtures and .target_types.",
             "#pragma once",
             f"#define LLAMA_CCQ_LADDER {ladder}",
+            "// what rows get that are no whole blocks: the smallest type of llama.cpp's that is larger than all of ours",
+            f"#define LLAMA_CCQ_FALLBACK GGML_TYPE_{fallback('ccq_t3', 32).upper()}",
             "// X(STEM, type of most matrices, of the token embedding, of the output)",
             "#define LLAMA_CCQ_MIXTURES(X) " + " ".join(mixtures),
             "// X(type, type of the same kind with smaller blocks)",

@@ -51,7 +51,7 @@ inline bool llama_is_ccq(ggml_type type) {
     }
 }
 
-// What a matrix of a type of ours gets whose rows are no whole blocks of it.
+// What a matrix of a type of ours gets whose rows are no whole blocks of it; f16 if they are none of that either.
 inline ggml_type llama_ccq_fallback(ggml_type type, int64_t n_columns) {
 #define X(larger, smaller)                                                                                             \
     if (type == GGML_TYPE_##larger && n_columns % ggml_blck_size(GGML_TYPE_##smaller) == 0) {                          \
@@ -59,7 +59,7 @@ inline ggml_type llama_ccq_fallback(ggml_type type, int64_t n_columns) {
     }
     LLAMA_CCQ_SMALLER(X)
 #undef X
-    return GGML_TYPE_Q8_0;
+    return LLAMA_CCQ_FALLBACK;
 }
 
 // Name of a file type of ours, or nullptr.

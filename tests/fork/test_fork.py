@@ -227,6 +227,14 @@ def test_llama_quantize_writes_the_same_bytes(tree: Tree, name: str, models: Mod
     assert 900 <= model.metadata["general.file_type"] < 1000
 
 
+def test_rows_that_fit_no_block(tree: Tree, source: Path, tmp_path: Path) -> None:
+    """CCQ_P2 has blocks of 512 weights, the bundled model most rows of 256."""
+    quantize(source, tmp_path / "ours.gguf", QuantOptions("ccq_p2"), progress=False)
+    ours = data(tree, tmp_path / "ours.gguf")
+    assert "iq4_nl" in {type_name for type_name, _, _ in ours.values()}
+    assert data(tree, tree.quantize(source, tmp_path / "theirs.gguf", "ccq_p2")) == ours
+
+
 @pytest.mark.parametrize("name", ["ccq_t2", "ccq_p2_75", "ccq_t2_m"])
 def test_llama_quantize_without_importance(tree: Tree, name: str, source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "ours.gguf", QuantOptions(name), progress=False)
