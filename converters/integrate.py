@@ -146,7 +146,7 @@ def _plans() -> str:
             "// Made from ccq_converters.mixtures and .target_types.",
             "#pragma once",
             f"#define LLAMA_CCQ_LADDER {ladder}",
-            "// what rows get that are no whole blocks: the smallest type of llama.cpp's that is larger than all of ours",
+            "// what rows get that are no whole blocks: the smallest of llama.cpp's types that is larger than ours",
             f"#define LLAMA_CCQ_FALLBACK GGML_TYPE_{fallback('ccq_t3', 32).upper()}",
             "// X(STEM, type of most matrices, of the token embedding, of the output)",
             "#define LLAMA_CCQ_MIXTURES(X) " + " ".join(mixtures),
