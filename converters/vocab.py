@@ -355,6 +355,8 @@ def _prepend_scheme(path: Path, tokenizer: dict[str, Any]) -> str:
         else:
             raise ModelError(f"its normalizer is unknown to llama.cpp: {step!r}", file=path)
     for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+        if replaces and step.get("type") == "Split" and step.get("pattern") == {"String": " "}:
+            continue  # Gemma's: the normalizer has left no space to cut at
         if step.get("type") != "Metaspace" or step.get("replacement") != _SPACE or step.get("split"):
             raise ModelError(f"its pre-tokenizer is unknown to llama.cpp: {step!r}", file=path)
         replaces = True
