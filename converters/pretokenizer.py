@@ -8,6 +8,7 @@ names for one way of cutting the first is taken here, and a family's own later (
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,14 @@ _NAMES: dict[tuple[str, ...], dict[bool, str]] = {
 }
 
 
-def pretokenizer_name(steps: list[dict[str, Any]], ignore_merges: bool, path: Path) -> str:
+def pretokenizer_name(
+    steps: list[dict[str, Any]], ignore_merges: bool, path: Path, unmerged: Callable[[], str | None]
+) -> str:
     """The name for the flattened pre-tokenizer ``steps`` of the tokenizer.json at ``path``.
+
+    ``unmerged`` finds a token that merging does not lead to (:func:`first_unmerged`); without one it is all the same
+    whether a word that is a token is merged or taken as it is.  Transformers writes ``ignore_merges`` into all that it
+    converts from tiktoken.
 
     Raises ``ModelError`` if llama.cpp has none, or not together with the model's ``ignore_merges``.
     """
@@ -68,9 +75,30 @@ def pretokenizer_name(steps: list[dict[str, Any]], ignore_merges: bool, path: Pa
         shown = "; ".join(described) or "none"
         raise ModelError(f"no name in llama.cpp is known for its pre-tokenizer: {shown}", file=path)
     if ignore_merges not in names:
-        name = next(iter(names.values()))
-        raise ModelError(f"its pre-tokenizer is {name}, but 'ignore_merges' is {str(ignore_merges).lower()}", file=path)
+        name, token = next(iter(names.values())), unmerged()
+        if token is not None:
+            raise ModelError(
+                f"its pre-tokenizer is {name}, but 'ignore_merges' is {str(ignore_merges).lower()}, and the merges do "
+                f"not lead to {token!r}",
+                file=path,
+            )
+        return name
     return names[ignore_merges]
+
+
+def first_unmerged(tokens: Iterable[str], merges: list[tuple[str, str]]) -> str | None:
+    """The first of ``tokens`` whose characters the ``merges``, best first, do not put together to it."""
+    ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
+    for token in tokens:
+        parts = list(token)
+        while len(parts) > 1:
+            pairs = list(zip(parts, parts[1:], strict=False))
+            best = min(pairs, key=lambda pair: ranks.get(pair, len(merges)))
+            if best not in ranks:
+                return token
+            at = pairs.index(best)
+            parts[at : at + 2] = ["".join(best)]
+    return None
 
 
 def _describe(step: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from gguf import TokenType
 
 from ccq_format.errors import ModelError
 
-from .pretokenizer import ADDS_BOS, pretokenizer_name
+from .pretokenizer import ADDS_BOS, first_unmerged, pretokenizer_name
 from .safetensors_io import read_json
 
 log = logging.getLogger(__name__)
@@ -397,14 +397,17 @@ def _byte_level(path: Path, tokenizer: dict[str, Any], config: dict[str, Any], v
     prefix = _prefix_setting(path.parent / "tokenizer_config.json", config)
     if prefix or any(step.get("type") == "ByteLevel" and step.get("add_prefix_space") for step in steps):
         raise ModelError("puts a space before the text, which llama.cpp's byte-level BPE does not", file=path)
-    pre = pretokenizer_name(steps, bool(model.get("ignore_merges")), path)
+    vocab, merges = _base_vocab(path, model, vocab_size), _merge_pairs(path, model)
+    added = _added_tokens(path, tokenizer, config)
+    apart = {entry.content for entry in added.values()}
 
-    vocab = _base_vocab(path, model, vocab_size)
+    def unmerged() -> str | None:
+        return first_unmerged((text for text in vocab if text not in apart), merges)
+
+    pre = pretokenizer_name(steps, bool(model.get("ignore_merges")), path, unmerged)
     tokens, types = _unused(vocab_size)
     for text, token in vocab.items():
         tokens[token], types[token] = text, TokenType.NORMAL
-    _merge_pairs(path, model)
-    added = _added_tokens(path, tokenizer, config)
     for token, entry in added.items():
         if token >= vocab_size:
             raise ModelError(
