@@ -9,6 +9,7 @@ names for one way of cutting the first is taken here, and a family's own later (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def first_unmerged(tokens: Iterable[str], merges: list[tuple[str, str]]) -> str 
     for token in tokens:
         parts = list(token)
         while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:], strict=False))
+            pairs = list(pairwise(parts))
             best = min(pairs, key=lambda pair: ranks.get(pair, len(merges)))
             if best not in ranks:
                 return token
