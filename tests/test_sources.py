@@ -396,6 +396,14 @@ GPTQ = {
         ({"quant_method": "gptq", "bits": 4}, {**GPTQ, "a.g_idx": torch.full((64,), 4).int()}, ["g_idx", "none of 4"]),
         ({"quant_method": "gptq", "bits": 4}, {**GPTQ, "a.qzeros": torch.zeros(4, 5).int()}, ["qzeros", "[4, 5]"]),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, GPTQ, ["'gemv'"]),
+        ({**integer_groups(4, 16), "format": "marlin-24"}, FP8, ["'format' is 'marlin-24'"]),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"format": "mxfp6-pack-quantized"}}},
+            FP8,
+            ["'format' is 'mxfp6-pack-quantized'"],
+        ),
+        ({**integer_groups(4, 16), "sparsity_config": {"format": "sparse-24-bitmask"}}, FP8, ["'sparse-24-bitmask'"]),
+        ({**integer_groups(4, 16), "transform_config": {"config_groups": {"R4": {}}}}, FP8, ["rotated"]),
         (integer_groups(9, 16), {"a.weight_packed": torch.zeros(2, 4).int()}, ["'num_bits' is 9"]),
         (
             integer_groups(4, 16),
