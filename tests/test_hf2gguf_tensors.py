@@ -179,6 +179,15 @@ def test_other_prefixes(prefix: str, tmp_path: Path) -> None:
     assert all(np.array_equal(found[name], plain[name]) for name in plain)
 
 
+def test_the_architecture_as_ernies_own_code_names_it(tmp_path: Path) -> None:
+    build(Case("m", "ernie4_5", {"num_hidden_layers": 1, "head_dim": 32}), tmp_path)
+    convert(tmp_path, tmp_path / "plain.gguf", QuantOptions("f32"), progress=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["Ernie4_5_ForCausalLM"]}))
+    convert(tmp_path, tmp_path / "out.gguf", QuantOptions("f32"), progress=False)
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
 @pytest.mark.parametrize(("keys", "values"), [(2, 6), (4, 4)])
 @pytest.mark.parametrize("step", [1, 7, 1000])
 def test_order_of_value_heads(step: int, keys: int, values: int, tmp_path: Path) -> None:

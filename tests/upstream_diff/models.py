@@ -261,7 +261,11 @@ FAMILY_CASES = [
     Case(
         "llama4", "llama4", {**LLAMA4, "num_local_experts": 128, "use_qk_norm": False, "interleave_moe_layer_step": 2}
     ),
-    Case("llama4-rope-in-ranges", "llama4", {**LLAMA4, "num_local_experts": 4, "rope_parameters": LLAMA3_ROPE}),
+    Case(
+        "llama4-rope-of-scout",
+        "llama4",
+        {**LLAMA4, "num_local_experts": 4, "rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}},
+    ),
     Case("deepseek-v3-yarn", "deepseek_v3", {**LATENT, **GROUPS, "rope_parameters": LATENT_YARN}),
 ]
 """The other families, one or two cases each."""
