@@ -6,6 +6,7 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -281,6 +282,19 @@ def test_llama3_factors() -> None:
     expected = np.where(wavelength < 2048, 1.0, np.where(wavelength > 8192, 8.0, between))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     assert {1.0, 8.0} < set(got.tolist())
+
+
+@pytest.mark.parametrize(
+    ("beside", "within", "expected"), [(64, None, 64), (None, 64, 64), (64, 100, 64), (None, None, 512)]
+)
+def test_longrope_context(beside: int | None, within: int | None, expected: int) -> None:
+    """As transformers' ``Phi3Config`` does it, the number beside the RoPE parameters counts before that within."""
+    params = {"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}
+    raw = {"rope_parameters": {**params, "original_max_position_embeddings": within}}
+    config = Config({**raw, "original_max_position_embeddings": beside}, Path("config.json"))
+    writer = gguf.GGUFWriter(None, "phi3")
+    Rope.read(config, 10000.0, 512).write(writer)
+    assert writer.kv_data[0]["phi3.rope.scaling.original_context_length"].value == expected
 
 
 @pytest.mark.parametrize(

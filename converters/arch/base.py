@@ -211,6 +211,7 @@ class Family:
             inexact=spec.rope_inexact,
         )
         self._check()
+        self.write_metadata(gguf.GGUFWriter(None, self.arch_name))  # what cannot be written is known now
 
     def _default_kv_heads(self) -> int:
         if "num_key_value_heads" not in self.config.raw and self.spec.kv_heads is not None:

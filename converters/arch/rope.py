@@ -112,7 +112,8 @@ class Rope:
 
     def _original_context(self, default: int) -> int:
         value = self.params.get("original_max_position_embeddings")
-        if value is None:
+        beside = self.config.raw.get("original_max_position_embeddings") is not None
+        if value is None or (beside and self.type == "longrope"):  # for which transformers prefers it
             return self.config.integer("original_max_position_embeddings", default=default)
         if not 1 <= positive(value, "original_max_position_embeddings", None, self.config) < 2**31:
             raise self.config.error(f"'original_max_position_embeddings' must be a token count, it is {value!r}")
