@@ -15,6 +15,10 @@ from typing import Any
 
 from ccq_format.errors import ModelError
 
+JOINS_DIGITS = frozenset({"deepseek-llm"})
+"""Names for which llama.cpp has all digits of a number in one word where the model has each in its own: the same as
+long as no token has two."""
+
 ADDS_BOS = frozenset({"llama-bpe", "tekken"})
 """Names for which llama.cpp puts a BOS before the text unless the file says otherwise."""
 
@@ -42,7 +46,20 @@ _DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_WITH_GAPS = frozenset({_THREE_DIGITS, _CJK})
+_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
+    "Ὗ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗ"
+    "Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+DEEPSEEK_LLM = (
+    r"[\r\n]",
+    rf"\s?[{_LETTERS}]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    "[一-龥ࠀ-一가-퟿]+",
+)
+"""What DeepSeek LLM's and V2's tokenizers cut at, one after the other, before single digits."""
+_WITH_GAPS = frozenset({_THREE_DIGITS, _CJK, *DEEPSEEK_LLM})
 """Expressions that do not match all text; what is between their matches is a word, too."""
 
 _NAMES: dict[tuple[str, ...], dict[bool, str]] = {
@@ -54,6 +71,7 @@ _NAMES: dict[tuple[str, ...], dict[bool, str]] = {
     (f"split {_TEKKEN}", "bytes"): {True: "tekken"},
     (f"split {_GPT4O}", "bytes"): {False: "gpt-4o"},
     (f"split {_THREE_DIGITS}", f"split {_CJK}", f"split {_DEEPSEEK3}", "bytes"): {False: "deepseek-v3"},
+    (*(f"split {regex}" for regex in DEEPSEEK_LLM), "digits", "bytes"): {False: "deepseek-llm"},
     ("digits", "gpt2"): {False: "smollm"},
     ("gpt2",): {False: "gpt-2"},
 }

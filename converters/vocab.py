@@ -19,7 +19,7 @@ from gguf import TokenType
 
 from ccq_format.errors import ModelError
 
-from .pretokenizer import ADDS_BOS, first_unmerged, pretokenizer_name
+from .pretokenizer import ADDS_BOS, JOINS_DIGITS, first_unmerged, pretokenizer_name
 from .safetensors_io import read_json
 
 log = logging.getLogger(__name__)
@@ -405,6 +405,10 @@ def _byte_level(path: Path, tokenizer: dict[str, Any], config: dict[str, Any], v
         return first_unmerged((text for text in vocab if text not in apart), merges)
 
     pre = pretokenizer_name(steps, bool(model.get("ignore_merges")), path, unmerged)
+    if pre in JOINS_DIGITS and (number := next((t for t in vocab if t.isdigit() and len(t) > 1), None)) is not None:
+        raise ModelError(
+            f"cuts numbers into digits and has the token {number!r}; llama.cpp does not cut them", file=path
+        )
     tokens, types = _unused(vocab_size)
     for text, token in vocab.items():
         tokens[token], types[token] = text, TokenType.NORMAL

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
 from ccq_converters.options import QuantOptions
-from ccq_converters.pretokenizer import first_unmerged, pretokenizer_name
+from ccq_converters.pretokenizer import DEEPSEEK_LLM, first_unmerged, pretokenizer_name
 from ccq_converters.vocab import load_vocab
 from ccq_format.errors import ModelError
 from ccq_format.gguf_io import open_model
@@ -321,6 +321,7 @@ def test_names_of_a_family(
         ([split(TEKKEN), BYTES], True, "tekken"),
         ([split(GPT4O), BYTES], False, "gpt-4o"),
         ([*map(split, DEEPSEEK3), BYTES], False, "deepseek-v3"),
+        ([*map(split, DEEPSEEK_LLM), DIGITS, BYTES], False, "deepseek-llm"),
         ([DIGITS, GPT2], False, "smollm"),
         ([GPT2], False, "gpt-2"),
     ],
@@ -357,6 +358,18 @@ def test_first_unmerged() -> None:
     assert first_unmerged(["a", "bc", "ab", "dd", "ddd", ""], merges) is None
     assert first_unmerged(["a", "abc", "e"], merges) == "abc"
     assert first_unmerged(["xy"], merges) == "xy"
+
+
+def test_digits_that_llama_cpp_joins(tmp_path: Path) -> None:
+    """Its deepseek-llm leaves numbers in one piece, the model does not: no matter if no token has two digits."""
+    save_bpe(tmp_path, "qwen2")
+    steps = [*map(split, DEEPSEEK_LLM), DIGITS, BYTES]
+    edit(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    assert load_vocab(tmp_path, 500).pre == "deepseek-llm"
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    edit(tmp_path, model__vocab={**model["vocab"], "12": 450})
+    with pytest.raises(ModelError, match="has the token '12'"):
+        load_vocab(tmp_path, 500)
 
 
 # --- damaged and unsupported files ----------------------------------------------------------------------------------
