@@ -51,7 +51,7 @@ def load_sources(family: Family, checkpoint: Checkpoint) -> list[TensorSource]:
         used.update(part.name for part in wanted.parts)
     others = 0
     for tensor in checkpoint:
-        if tensor.name in used or family.is_ignored(tensor.name):
+        if tensor.name in used or family.is_ignored(tensor.name) or _is_empty_bias(tensor, checkpoint):
             continue
         if family.wrapper is not None and OTHERS.match(tensor.name):
             others += 1
@@ -71,6 +71,15 @@ def load_sources(family: Family, checkpoint: Checkpoint) -> list[TensorSource]:
     for name, values in family.rope.factors(family.rotary_dim).items():
         sources.append(_constant(name, values))
     return sources
+
+
+def _is_empty_bias(tensor: Weights, checkpoint: Checkpoint) -> bool:
+    """Whether it is the bias of zeros that AutoGPTQ gave to every matrix that it quantized."""
+    if not tensor.name.endswith(".bias") or len(tensor.shape) != 1 or not tensor.shape[0]:
+        return False
+    weight = tensor.name.removesuffix("bias") + "weight"
+    quantized = weight in checkpoint and isinstance(checkpoint[weight], DecodedTensor)
+    return quantized and not tensor.rows(0, 1).any()
 
 
 def _constant(name: str, values: NDArray[np.float32]) -> TensorSource:

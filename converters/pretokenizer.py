@@ -8,10 +8,16 @@ names for one way of cutting the first is taken here, and a family's own later (
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ccq_format.errors import ModelError
+
+JOINS_DIGITS = frozenset({"deepseek-llm"})
+"""Names for which llama.cpp has all digits of a number in one word where the model has each in its own: the same as
+long as no token has two."""
 
 ADDS_BOS = frozenset({"llama-bpe", "tekken"})
 """Names for which llama.cpp puts a BOS before the text unless the file says otherwise."""
@@ -40,7 +46,20 @@ _DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_WITH_GAPS = frozenset({_THREE_DIGITS, _CJK})
+_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
+    "Ὗ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗ"
+    "Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+DEEPSEEK_LLM = (
+    r"[\r\n]",
+    rf"\s?[{_LETTERS}]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    "[一-龥ࠀ-一가-퟿]+",
+)
+"""What DeepSeek LLM's and V2's tokenizers cut at, one after the other, before single digits."""
+_WITH_GAPS = frozenset({_THREE_DIGITS, _CJK, *DEEPSEEK_LLM})
 """Expressions that do not match all text; what is between their matches is a word, too."""
 
 _NAMES: dict[tuple[str, ...], dict[bool, str]] = {
@@ -52,13 +71,20 @@ _NAMES: dict[tuple[str, ...], dict[bool, str]] = {
     (f"split {_TEKKEN}", "bytes"): {True: "tekken"},
     (f"split {_GPT4O}", "bytes"): {False: "gpt-4o"},
     (f"split {_THREE_DIGITS}", f"split {_CJK}", f"split {_DEEPSEEK3}", "bytes"): {False: "deepseek-v3"},
+    (*(f"split {regex}" for regex in DEEPSEEK_LLM), "digits", "bytes"): {False: "deepseek-llm"},
     ("digits", "gpt2"): {False: "smollm"},
     ("gpt2",): {False: "gpt-2"},
 }
 
 
-def pretokenizer_name(steps: list[dict[str, Any]], ignore_merges: bool, path: Path) -> str:
+def pretokenizer_name(
+    steps: list[dict[str, Any]], ignore_merges: bool, path: Path, unmerged: Callable[[], str | None]
+) -> str:
     """The name for the flattened pre-tokenizer ``steps`` of the tokenizer.json at ``path``.
+
+    ``unmerged`` finds a token that merging does not lead to (:func:`first_unmerged`); without one it is all the same
+    whether a word that is a token is merged or taken as it is.  Transformers writes ``ignore_merges`` into all that it
+    converts from tiktoken.
 
     Raises ``ModelError`` if llama.cpp has none, or not together with the model's ``ignore_merges``.
     """
@@ -68,9 +94,30 @@ def pretokenizer_name(steps: list[dict[str, Any]], ignore_merges: bool, path: Pa
         shown = "; ".join(described) or "none"
         raise ModelError(f"no name in llama.cpp is known for its pre-tokenizer: {shown}", file=path)
     if ignore_merges not in names:
-        name = next(iter(names.values()))
-        raise ModelError(f"its pre-tokenizer is {name}, but 'ignore_merges' is {str(ignore_merges).lower()}", file=path)
+        name, token = next(iter(names.values())), unmerged()
+        if token is not None:
+            raise ModelError(
+                f"its pre-tokenizer is {name}, but 'ignore_merges' is {str(ignore_merges).lower()}, and the merges do "
+                f"not lead to {token!r}",
+                file=path,
+            )
+        return name
     return names[ignore_merges]
+
+
+def first_unmerged(tokens: Iterable[str], merges: list[tuple[str, str]]) -> str | None:
+    """The first of ``tokens`` whose characters the ``merges``, best first, do not put together to it."""
+    ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
+    for token in tokens:
+        parts = list(token)
+        while len(parts) > 1:
+            pairs = list(pairwise(parts))
+            best = min(pairs, key=lambda pair: ranks.get(pair, len(merges)))
+            if best not in ranks:
+                return token
+            at = pairs.index(best)
+            parts[at : at + 2] = ["".join(best)]
+    return None
 
 
 def _describe(step: dict[str, Any]) -> str:

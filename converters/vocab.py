@@ -19,7 +19,7 @@ from gguf import TokenType
 
 from ccq_format.errors import ModelError
 
-from .pretokenizer import ADDS_BOS, pretokenizer_name
+from .pretokenizer import ADDS_BOS, JOINS_DIGITS, first_unmerged, pretokenizer_name
 from .safetensors_io import read_json
 
 log = logging.getLogger(__name__)
@@ -357,6 +357,8 @@ def _prepend_scheme(path: Path, tokenizer: dict[str, Any]) -> str:
         else:
             raise ModelError(f"its normalizer is unknown to llama.cpp: {step!r}", file=path)
     for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+        if replaces and step.get("type") == "Split" and step.get("pattern") == {"String": " "}:
+            continue  # Gemma's: the normalizer has left no space to cut at
         if step.get("type") != "Metaspace" or step.get("replacement") != _SPACE or step.get("split"):
             raise ModelError(f"its pre-tokenizer is unknown to llama.cpp: {step!r}", file=path)
         replaces = True
@@ -397,14 +399,21 @@ def _byte_level(path: Path, tokenizer: dict[str, Any], config: dict[str, Any], v
     prefix = _prefix_setting(path.parent / "tokenizer_config.json", config)
     if prefix or any(step.get("type") == "ByteLevel" and step.get("add_prefix_space") for step in steps):
         raise ModelError("puts a space before the text, which llama.cpp's byte-level BPE does not", file=path)
-    pre = pretokenizer_name(steps, bool(model.get("ignore_merges")), path)
+    vocab, merges = _base_vocab(path, model, vocab_size), _merge_pairs(path, model)
+    added = _added_tokens(path, tokenizer, config)
+    apart = {entry.content for entry in added.values()}
 
-    vocab = _base_vocab(path, model, vocab_size)
+    def unmerged() -> str | None:
+        return first_unmerged((text for text in vocab if text not in apart), merges)
+
+    pre = pretokenizer_name(steps, bool(model.get("ignore_merges")), path, unmerged)
+    if pre in JOINS_DIGITS and (number := next((t for t in vocab if t.isdigit() and len(t) > 1), None)) is not None:
+        raise ModelError(
+            f"cuts numbers into digits and has the token {number!r}; llama.cpp does not cut them", file=path
+        )
     tokens, types = _unused(vocab_size)
     for text, token in vocab.items():
         tokens[token], types[token] = text, TokenType.NORMAL
-    _merge_pairs(path, model)
-    added = _added_tokens(path, tokenizer, config)
     for token, entry in added.items():
         if token >= vocab_size:
             raise ModelError(

@@ -13,12 +13,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ccq_converters.arch import family_of
 from ccq_converters.hf2gguf import convert
 from ccq_converters.options import QuantOptions
 from ccq_format.errors import ModelError
 from ccq_format.gguf_io import open_model
 
-from .upstream_diff.models import LLAMA3_ROPE, MOE, QWEN_MOE, Case, build
+from .upstream_diff.models import (
+    FAMILY_CASES,
+    LLAMA3_ROPE,
+    MOE,
+    MULTIMODAL_CASES,
+    QWEN_MOE,
+    Case,
+    auto_class,
+    build,
+    tiny_config,
+)
 
 SHARD = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -143,6 +154,87 @@ def test_config(copy: Callable[[str], Path], kind: str, changes: dict[str, Any],
     folder = copy(kind)
     edit_json(folder / "config.json", **changes)
     fails(folder, *words)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "words"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 0]}, ["'no_rope_layers' must say the same"]),
+        ("smollm3", {"attention_bias": True}, ["no bias in smollm3"]),
+        ("granite", {"rope_parameters": LLAMA3_ROPE}, ["no llama3 RoPE scaling in granite"]),
+        ("gemma3", {"query_pre_attn_scalar": 64}, ["'query_pre_attn_scalar' is 64"]),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, ["does not cap the attention"]),
+        ("gemma3", {"use_bidirectional_attention": True}, ["causal"]),
+        ("phi3", {"head_dim": 32}, ["hidden_size = heads * head_dim"]),
+        ("phi3-longrope", {"rope_parameters": YARN}, ["no yarn RoPE scaling in phi3"]),
+        ("olmo2", {"tie_word_embeddings": True}, ["output matrix of its own"]),
+        ("olmo2", {"architectures": ["Olmo2Model"]}, ["output matrix of its own"]),
+        ("olmoe", {"architectures": ["OlmoeModel"]}, ["output matrix of its own"]),
+        ("gpt-oss", {"architectures": ["GptOssModel"]}, ["output matrix of its own"]),
+        ("olmoe", {"clip_qkv": 8.0}, ["does not clip"]),
+        ("olmoe", {"norm_topk_prob": True}, ["does not normalize"]),
+        ("olmoe", {"num_key_value_heads": 2}, ["as many key-value heads as heads"]),
+        ("glm4", {"rope_parameters": YARN}, ["no yarn RoPE scaling in glm4"]),
+        ("glm4-moe", {"hidden_act": "gelu"}, ["'hidden_act' is 'gelu'"]),
+        ("cohere2", {"use_qk_norm": True}, ["no norms of query and key"]),
+        ("cohere2", {"tie_word_embeddings": False}, ["the embedding as output matrix"]),
+        ("cohere2", {"layer_types": ["full_attention"] * 5}, ["no layer has the sliding window"]),
+        ("ernie4_5", {"use_bias": True}, ["no bias in ERNIE"]),
+        ("ernie4_5-moe", {"moe_layer_interval": 2}, ["'moe_layer_interval' is 2"]),
+        ("ernie4_5-moe", {"moe_layer_end_index": 0}, ["'moe_layer_end_index' is 0"]),
+        ("gpt-oss", {"swiglu_limit": 8.0}, ["'swiglu_limit' is 8.0"]),
+        ("gpt-oss", {"attention_bias": False}, ["needs the biases"]),
+        ("deepseek-v2", {"topk_method": "group_limited_greedy"}, ["'topk_method' is 'group_limited_greedy'"]),
+        ("deepseek-v2", {"num_hidden_layers": 26}, ["none of 'q_lora_rank' in a model of 26 layers"]),
+        ("deepseek-v2-lite", {"num_hidden_layers": 25}, ["one of 'q_lora_rank' in a model of 25 layers"]),
+        ("deepseek-v3", {"scoring_func": "softmax"}, ["'scoring_func' is 'softmax'"]),
+        ("deepseek-v3", {"rope_interleave": False}, ["'rope_interleave' is False"]),
+        ("deepseek-v3", {"moe_layer_freq": 2}, ["'moe_layer_freq' is 2"]),
+        ("deepseek-v3", {"rope_parameters": YARN}, ["'mscale' is None", "one number for both"]),
+        (
+            "deepseek-v3",
+            {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}},
+            ["'mscale' is 1.0", "0.7"],
+        ),
+        (
+            "deepseek-v3",
+            {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.2}},
+            ["no 'attention_factor'"],
+        ),
+        ("qwen3-next", {"norm_topk_prob": False}, ["always normalizes"]),
+        ("qwen3-next", {"layer_types": ["linear_attention", "mamba"] * 2}, ["'layer_types'", "mamba"]),
+        ("qwen3-next", {"linear_value_head_dim": 32}, ["'linear_key_head_dim' to be equal"]),
+        ("qwen3-next", {"linear_num_value_heads": 3}, ["3 value heads cannot share 2 key heads"]),
+        (
+            "qwen3_5",
+            {"rope_parameters": {"partial_rotary_factor": 0.25, "mrope_section": [4, 0, 0]}},
+            ["does not rotate"],
+        ),
+        ("qwen3_5", {"rope_parameters": {"partial_rotary_factor": 0.25, "mrope_section": [1, 1, 1]}}, ["amount to 4"]),
+        ("llama4", {"use_qk_norm": True}, ["'use_qk_norm' must be false"]),
+        ("llama4", {"moe_layers": [0, 2]}, ["experts in every layer of 2"]),
+        ("llama4", {"max_position_embeddings": 1 << 20, "attention_chunk_size": 4096}, ["chunks of 8192 tokens"]),
+        ("qwen2_5-vl", {"text_config": {"model_type": "qwen9"}}, ["the text model 'qwen9'", "is not supported"]),
+        ("mistral3-vision", {"text_config": 3}, ["'text_config' must be an object"]),
+    ],
+)
+def test_config_of_the_other_families(case: str, changes: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    """Whatever llama.cpp would ignore in a model is known before anything of its weights is read."""
+    found = next(found for found in FAMILY_CASES + MULTIMODAL_CASES if found.name == case)
+    config = tiny_config(found)
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    family_of(tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(ModelError) as caught:
+        family_of(tmp_path)
+    for word in (str(tmp_path / "config.json"), *words):
+        assert word in str(caught.value)
 
 
 def test_config_is_no_json(copy: Callable[[str], Path]) -> None:

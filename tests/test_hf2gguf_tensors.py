@@ -6,6 +6,7 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -179,6 +180,15 @@ def test_other_prefixes(prefix: str, tmp_path: Path) -> None:
     assert all(np.array_equal(found[name], plain[name]) for name in plain)
 
 
+def test_the_architecture_as_ernies_own_code_names_it(tmp_path: Path) -> None:
+    build(Case("m", "ernie4_5", {"num_hidden_layers": 1, "head_dim": 32}), tmp_path)
+    convert(tmp_path, tmp_path / "plain.gguf", QuantOptions("f32"), progress=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["Ernie4_5_ForCausalLM"]}))
+    convert(tmp_path, tmp_path / "out.gguf", QuantOptions("f32"), progress=False)
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
 @pytest.mark.parametrize(("keys", "values"), [(2, 6), (4, 4)])
 @pytest.mark.parametrize("step", [1, 7, 1000])
 def test_order_of_value_heads(step: int, keys: int, values: int, tmp_path: Path) -> None:
@@ -272,6 +282,19 @@ def test_llama3_factors() -> None:
     expected = np.where(wavelength < 2048, 1.0, np.where(wavelength > 8192, 8.0, between))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     assert {1.0, 8.0} < set(got.tolist())
+
+
+@pytest.mark.parametrize(
+    ("beside", "within", "expected"), [(64, None, 64), (None, 64, 64), (64, 100, 64), (None, None, 512)]
+)
+def test_longrope_context(beside: int | None, within: int | None, expected: int) -> None:
+    """As transformers' ``Phi3Config`` does it, the number beside the RoPE parameters counts before that within."""
+    params = {"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}
+    raw = {"rope_parameters": {**params, "original_max_position_embeddings": within}}
+    config = Config({**raw, "original_max_position_embeddings": beside}, Path("config.json"))
+    writer = gguf.GGUFWriter(None, "phi3")
+    Rope.read(config, 10000.0, 512).write(writer)
+    assert writer.kv_data[0]["phi3.rope.scaling.original_context_length"].value == expected
 
 
 @pytest.mark.parametrize(

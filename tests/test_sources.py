@@ -111,6 +111,14 @@ def test_fp8_one_scale(shape: tuple[int, ...], tmp_path: Path) -> None:
     check(checkpoint, {"a.weight": (w.float() * 0.37).numpy()})
 
 
+def test_fp8_of_autofp8(tmp_path: Path) -> None:
+    """A scale per matrix and no ``_inv`` in its name; those of activations are of no use."""
+    w = normal(8, 16).to(torch.float8_e4m3fn)
+    scales = {"a.weight_scale": torch.tensor(0.37), "a.input_scale": torch.tensor(2.0), "a.kv_scale": torch.tensor(3.0)}
+    checkpoint = opened(tmp_path, {"a.weight": w, **scales}, quant_method="fp8", activation_scheme="static")
+    check(checkpoint, {"a.weight": w.float().numpy() * np.float32(0.37)})
+
+
 def test_fp8_stacked_experts(tmp_path: Path) -> None:
     w, scale = normal(3, 12, 16).to(torch.float8_e4m3fn), normal(3, 2, 2).abs()
     wide = scale.repeat_interleave(8, 1)[:, :12].repeat_interleave(8, 2)
@@ -322,6 +330,40 @@ def test_awq(tmp_path: Path) -> None:
     check(checkpoint, {"a.weight": expected})
 
 
+def test_modelopt_without_a_word_in_the_config(tmp_path: Path) -> None:
+    w = normal(8, 16).to(torch.float8_e4m3fn)
+    tensors = {"a.weight": w, "a.weight_scale": torch.tensor(0.37), "a.input_scale": torch.tensor(2.0)}
+    stated = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(stated))
+    check(opened(tmp_path, tensors), {"a.weight": w.float().numpy() * np.float32(0.37)})
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_biases_of_autogptq(value: float, tmp_path: Path) -> None:
+    """It gave all matrices a bias, which is left out if it is 0 and the model has none."""
+    build(Case("m", "llama", {"num_hidden_layers": 1}), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    rows, columns = tensors.pop(f"{name}.weight").shape
+    tensors |= {
+        f"{name}.qweight": integers(-(2**31), 2**31, columns // 8, rows).int(),
+        f"{name}.qzeros": integers(-(2**31), 2**31, columns // 32, rows // 8).int(),
+        f"{name}.scales": normal(columns // 32, rows, dtype=torch.float16),
+        f"{name}.bias": torch.full((rows,), value),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if value:
+        with pytest.raises(ModelError, match=r"up_proj\.bias.* is unexpected"):
+            convert(tmp_path, tmp_path / "out.gguf", QuantOptions("f32", dry_run=True))
+    else:
+        plan = convert(tmp_path, tmp_path / "out.gguf", QuantOptions("f32", dry_run=True))
+        assert "gptq4" in {tensor.source.source_type for tensor in plan.tensors}
+        assert not [tensor for tensor in plan.tensors if tensor.source.name.endswith(".bias")]
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 FP8 = {"a.weight": torch.zeros(8, 16, dtype=torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1, 2)}
@@ -344,11 +386,24 @@ GPTQ = {
             {"a.weight_scale_inv": torch.ones(1, 2)},
             ["'a.weight' is missing"],
         ),
+        (
+            {"quant_method": "fp8", "weight_block_size": [8, 8]},
+            {**FP8, "b.weight": FP8["a.weight"].clone()},
+            ["b.weight", "F8_E4M3", "has no scale"],
+        ),
         ({"quant_method": "gptq", "bits": 3}, GPTQ, ["'bits' is 3"]),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, GPTQ, ["'marlin'"]),
         ({"quant_method": "gptq", "bits": 4}, {**GPTQ, "a.g_idx": torch.full((64,), 4).int()}, ["g_idx", "none of 4"]),
         ({"quant_method": "gptq", "bits": 4}, {**GPTQ, "a.qzeros": torch.zeros(4, 5).int()}, ["qzeros", "[4, 5]"]),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, GPTQ, ["'gemv'"]),
+        ({**integer_groups(4, 16), "format": "marlin-24"}, FP8, ["'format' is 'marlin-24'"]),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"format": "mxfp6-pack-quantized"}}},
+            FP8,
+            ["'format' is 'mxfp6-pack-quantized'"],
+        ),
+        ({**integer_groups(4, 16), "sparsity_config": {"format": "sparse-24-bitmask"}}, FP8, ["'sparse-24-bitmask'"]),
+        ({**integer_groups(4, 16), "transform_config": {"config_groups": {"R4": {}}}}, FP8, ["rotated"]),
         (integer_groups(9, 16), {"a.weight_packed": torch.zeros(2, 4).int()}, ["'num_bits' is 9"]),
         (
             integer_groups(4, 16),

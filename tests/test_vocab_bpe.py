@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from ccq_converters.hf2gguf import convert
 from ccq_converters.llama import LlamaModel
 from ccq_converters.options import QuantOptions
-from ccq_converters.pretokenizer import pretokenizer_name
+from ccq_converters.pretokenizer import DEEPSEEK_LLM, first_unmerged, pretokenizer_name
 from ccq_converters.vocab import load_vocab
 from ccq_format.errors import ModelError
 from ccq_format.gguf_io import open_model
@@ -238,13 +238,15 @@ DEEPSEEK3 = (
 )
 
 
+@pytest.mark.parametrize("ignore_merges", [False, True])
 @pytest.mark.parametrize("regexes", [(GPT4O,), DEEPSEEK3], ids=["gpt-4o", "deepseek-v3"])
-def test_cut_alike(regexes: tuple[str, ...], tmp_path: Path) -> None:
+def test_cut_alike(regexes: tuple[str, ...], ignore_merges: bool, tmp_path: Path) -> None:
+    """With ``ignore_merges``, too, as transformers writes it for tiktoken's vocabularies: all tokens can be merged."""
     folder = tmp_path / "model"
     build(Case("m", "qwen2", {"num_hidden_layers": 1}), folder, bpe_tokenizer("qwen2").get_vocab_size())
     save_bpe(folder, "qwen2")
     steps = [*map(split, regexes), BYTES]
-    edit(folder, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    edit(folder, pre_tokenizer={"type": "Sequence", "pretokenizers": steps}, model__ignore_merges=ignore_merges)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = [text for text in TEXTS if "<|end|>" not in text] + ["camelCaseWORDS", "日本語テキスト123漢字 (x)"]
     got = llama_cpp_ids(folder, tmp_path / "out.gguf", texts, add_special=False)
@@ -319,12 +321,13 @@ def test_names_of_a_family(
         ([split(TEKKEN), BYTES], True, "tekken"),
         ([split(GPT4O), BYTES], False, "gpt-4o"),
         ([*map(split, DEEPSEEK3), BYTES], False, "deepseek-v3"),
+        ([*map(split, DEEPSEEK_LLM), DIGITS, BYTES], False, "deepseek-llm"),
         ([DIGITS, GPT2], False, "smollm"),
         ([GPT2], False, "gpt-2"),
     ],
 )
 def test_known_pretokenizers(steps: list[dict[str, Any]], ignore_merges: bool, name: str) -> None:
-    assert pretokenizer_name(steps, ignore_merges, Path("tokenizer.json")) == name
+    assert pretokenizer_name(steps, ignore_merges, Path("tokenizer.json"), lambda: "a token") == name
 
 
 @pytest.mark.parametrize(
@@ -339,7 +342,7 @@ def test_known_pretokenizers(steps: list[dict[str, Any]], ignore_merges: bool, n
         ([split(LLAMA3_REGEX), GPT2], True, "no name"),
         ([{"type": "Whitespace"}], False, "no name"),
         ([{"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated"}, BYTES], False, "no name"),
-        ([split(QWEN2_REGEX), BYTES], True, "is qwen2, but 'ignore_merges' is true"),
+        ([split(QWEN2_REGEX), BYTES], True, "is qwen2, but 'ignore_merges' is true, .* do not lead to 'a token'"),
         ([split(TEKKEN), BYTES], False, "is tekken, but 'ignore_merges' is false"),
         ([split(DEEPSEEK3[0], "Removed", True), *map(split, DEEPSEEK3[1:]), BYTES], False, "no name"),
         ([*map(split, DEEPSEEK3[1:]), BYTES], False, "no name"),
@@ -347,7 +350,26 @@ def test_known_pretokenizers(steps: list[dict[str, Any]], ignore_merges: bool, n
 )
 def test_unknown_pretokenizers(steps: list[dict[str, Any]], ignore_merges: bool, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
-        pretokenizer_name(steps, ignore_merges, Path("tokenizer.json"))
+        pretokenizer_name(steps, ignore_merges, Path("tokenizer.json"), lambda: "a token")
+
+
+def test_first_unmerged() -> None:
+    merges = [("b", "c"), ("a", "b"), ("ab", "c"), ("d", "d"), ("dd", "d")]
+    assert first_unmerged(["a", "bc", "ab", "dd", "ddd", ""], merges) is None
+    assert first_unmerged(["a", "abc", "e"], merges) == "abc"
+    assert first_unmerged(["xy"], merges) == "xy"
+
+
+def test_digits_that_llama_cpp_joins(tmp_path: Path) -> None:
+    """Its deepseek-llm leaves numbers in one piece, the model does not: no matter if no token has two digits."""
+    save_bpe(tmp_path, "qwen2")
+    steps = [*map(split, DEEPSEEK_LLM), DIGITS, BYTES]
+    edit(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    assert load_vocab(tmp_path, 500).pre == "deepseek-llm"
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    edit(tmp_path, model__vocab={**model["vocab"], "12": 450})
+    with pytest.raises(ModelError, match="has the token '12'"):
+        load_vocab(tmp_path, 500)
 
 
 # --- damaged and unsupported files ----------------------------------------------------------------------------------
@@ -432,4 +454,4 @@ def test_regex_of_the_library_is_recognized() -> None:
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(LLAMA3_REGEX), "removed", invert=True)
     step = json.loads(tokenizer.to_str())["pre_tokenizer"]
-    assert pretokenizer_name([step, BYTES], True, Path("tokenizer.json")) == "llama-bpe"
+    assert pretokenizer_name([step, BYTES], True, Path("tokenizer.json"), lambda: None) == "llama-bpe"

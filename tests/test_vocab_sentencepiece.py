@@ -15,7 +15,7 @@ from ccq_converters.options import QuantOptions
 from ccq_converters.vocab import load_vocab
 from ccq_format.errors import ModelError
 
-from .upstream_diff.models import EXAMPLE, Case, build
+from .upstream_diff.models import EXAMPLE, GEMMA3, Case, build
 
 TEXTS = [
     "",
@@ -78,8 +78,10 @@ def test_dummy_prefix_from_the_normalizer(prefix: bool, tmp_path: Path) -> None:
     assert vocab.add_space_prefix is (None if prefix else False)
 
 
-@pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "prefix"),
+    [("llama", True), ("llama", False), ("mistral", True), ("mistral", False), ("gemma3_text", False)],
+)
 def test_saved_again_without_the_model(family: str, prefix: bool, tmp_path: Path) -> None:
     """What transformers 5 makes of it, a tokenizer.json alone, gives the ids of the SentencePiece model all the same:
     also where transformers itself no longer does, behind spaces at the start.  How it writes that depends on the
@@ -87,7 +89,7 @@ def test_saved_again_without_the_model(family: str, prefix: bool, tmp_path: Path
     import transformers
 
     folder = tmp_path / "model"
-    build(Case("m", family, {"num_hidden_layers": 1}), folder)
+    build(Case("m", family, GEMMA3 if family == "gemma3_text" else {"num_hidden_layers": 1}), folder, 4096)
     model = proto()
     model.normalizer_spec.add_dummy_prefix = prefix
     for piece in model.pieces:

@@ -56,7 +56,8 @@ FAMILIES: dict[str, Spec] = {
 }
 """Hugging Face architecture name -> family."""
 
-_SPECS = FAMILIES | {spec.base_architecture: spec for spec in FAMILIES.values()}
+_SPECS = FAMILIES | {spec.base_architecture: spec for spec in FAMILIES.values()} | {"Ernie4_5_ForCausalLM": ERNIE4_5}
+"""Other names: of models without a head, and of ERNIE 4.5's own code."""
 
 
 def family_of(model_dir: Path) -> Family:

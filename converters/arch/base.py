@@ -154,6 +154,8 @@ class Spec:
     leave ``intermediate_size`` out."""
     tied: bool = False
     """Whether the output matrix is the embedding if the config does not say."""
+    own_output: bool = False
+    """Whether llama.cpp needs an output matrix: it does not take the embedding instead."""
     norm_shift: float = 0.0
     """What the norms' code adds to their weights."""
     sliding: Sliding = Sliding()
@@ -211,6 +213,7 @@ class Family:
             inexact=spec.rope_inexact,
         )
         self._check()
+        self.write_metadata(gguf.GGUFWriter(None, self.arch_name))  # what cannot be written is known now
 
     def _default_kv_heads(self) -> int:
         if "num_key_value_heads" not in self.config.raw and self.spec.kv_heads is not None:
@@ -230,6 +233,8 @@ class Family:
             raise config.error(f"'head_dim' {self.head_dim} is odd, so that it cannot be rotated")
         if self.rope.type not in spec.rope_types:
             raise config.error(f"llama.cpp has no {self.rope.type} RoPE scaling in {self.arch_name} models")
+        if spec.own_output and (self.tied or self.headless):
+            raise config.error(f"llama.cpp needs an output matrix of its own in {self.arch_name} models")
         for require in spec.requires:
             require.check(config)
         for block in spec.layer:

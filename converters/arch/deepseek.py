@@ -77,11 +77,15 @@ _NO_BIAS = Require("attention_bias", (False,), "llama.cpp has no bias in deepsee
 
 
 def _check_yarn(family: Family) -> None:
-    """Attention is scaled by what the two mscales have in common; llama.cpp knows but one."""
+    """llama.cpp knows one mscale, which scales attention; transformers scales it by the second and the rotated values
+    by what the two, or an ``attention_factor``, make of the first, which must be nothing."""
     if family.rope.type == "yarn":
         one, two = (family.rope.params.get(key) for key in ("mscale", "mscale_all_dim"))
-        if one != two:
-            raise family.config.error(f"yarn's 'mscale' {one!r} and 'mscale_all_dim' {two!r} differ: llama.cpp has one")
+        if not one or one != two or family.rope.params.get("attention_factor") is not None:
+            raise family.config.error(
+                f"yarn's 'mscale' is {one!r} and 'mscale_all_dim' {two!r}: llama.cpp has one number for both, and no "
+                "'attention_factor', in deepseek2 models"
+            )
 
 
 def _check_v2(family: Family) -> None:

@@ -58,11 +58,11 @@ GPT_OSS = Spec(
     rms_eps=1e-5,
     kv_heads=8,
     head_dim=64,
+    own_output=True,
     sliding=Sliding(every=2, default=128),
     requires=(
         Require("swiglu_alpha", (1.702,), "llama.cpp's is 1.702", 1.702),
         Require("swiglu_limit", (7.0,), "llama.cpp's is 7", 7.0),
         Require("attention_bias", (True,), "llama.cpp needs the biases of gpt-oss", True),
-        Require("tie_word_embeddings", (False,), "llama.cpp needs an output matrix of its own here", False),
     ),
 )

@@ -8,15 +8,14 @@ from .base import Family, Require, Spec, plain_heads
 from .blocks import Attention, Dense, Experts, Norm, decoder
 
 _NO_BIAS = Require("attention_bias", (False,), "llama.cpp has no bias in OLMo models", False)
-_OUTPUT = Require("tie_word_embeddings", (False,), "llama.cpp needs an output matrix of its own here", False)
-
 
 OLMO2 = Spec(
     "Olmo2ForCausalLM",
     gguf.MODEL_ARCH.OLMO2,
     (Attention(norms="all"), Norm("post_attention_layernorm"), Dense(), Norm("post_feedforward_layernorm")),
     rms_eps=1e-5,
-    requires=(_NO_BIAS, _OUTPUT),
+    own_output=True,
+    requires=(_NO_BIAS,),
     check=plain_heads,
 )
 
@@ -32,9 +31,9 @@ OLMOE = Spec(
     gguf.MODEL_ARCH.OLMOE,
     decoder(Attention(norms="all"), Experts(width="intermediate_size", writes_width=False)),
     rms_eps=1e-5,
+    own_output=True,
     requires=(
         _NO_BIAS,
-        _OUTPUT,
         Require("clip_qkv", (None,), "llama.cpp does not clip query, key and value here"),
         Require("norm_topk_prob", (False,), "llama.cpp does not normalize the router's top weights here", False),
     ),

@@ -112,7 +112,8 @@ class Rope:
 
     def _original_context(self, default: int) -> int:
         value = self.params.get("original_max_position_embeddings")
-        if value is None:
+        beside = self.config.raw.get("original_max_position_embeddings") is not None
+        if value is None or (beside and self.type == "longrope"):  # for which transformers prefers it
             return self.config.integer("original_max_position_embeddings", default=default)
         if not 1 <= positive(value, "original_max_position_embeddings", None, self.config) < 2**31:
             raise self.config.error(f"'original_max_position_embeddings' must be a token count, it is {value!r}")
@@ -191,7 +192,7 @@ class Rope:
         """Llama-3's divisors of the rotary frequencies, float32 ``[head_dim / 2]``; ``None`` for other types.
 
         Wavelengths below ``original / high_freq_factor`` keep their frequency, those above ``original /
-        low_freq_factor`` are divided by ``factor``, those between are interpolated.
+        low_freq_factor`` are divided by ``factor``, those between are interpolated; in Llama 4 the two are one.
         """
         if self.type != "llama3":
             return None
@@ -199,8 +200,8 @@ class Rope:
         low = self._positive("low_freq_factor", 1.0)
         high = self._positive("high_freq_factor", 4.0)
         original = self._original_context(8192)
-        if high <= low:
-            raise self.config.error("'high_freq_factor' must be greater than 'low_freq_factor'")
+        if high < low:
+            raise self.config.error("'high_freq_factor' must not be less than 'low_freq_factor'")
         exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         with np.errstate(all="ignore"):  # between is for some only
             frequency = np.float32(1) / np.power(np.float32(self.theta), exponent)

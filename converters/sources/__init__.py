@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ccq_format.errors import ModelError
 
 from ..arch.config import Config
-from ..safetensors_io import Checkpoint
+from ..safetensors_io import Checkpoint, StoredTensor, read_json
 from . import awq, compressed, gptq, modelopt, mxfp4, scaled, wint2
 from .format import Format, Settings
 
@@ -41,7 +42,7 @@ def open_checkpoint(model_dir: Path, config: Config, k_order: str | None = None)
     format that is unknown or damaged, and as ``Checkpoint`` does.
     """
     checkpoint = Checkpoint(model_dir)
-    raw = config.raw.get("quantization_config") or config.raw.get("compression_config")
+    raw = config.raw.get("quantization_config") or config.raw.get("compression_config") or _of_modelopt(model_dir)
     if raw and not isinstance(raw, dict):
         raise config.error(f"'quantization_config' must be an object, it is {raw!r}")
     if wint2.is_wint2(checkpoint):
@@ -59,7 +60,21 @@ def open_checkpoint(model_dir: Path, config: Config, k_order: str | None = None)
         raise config.error(f"the quantization {method!r} is not supported (supported: {known}); take other weights")
     checkpoint.decode(list(FORMATS[method](settings, checkpoint)))
     checkpoint.drop([tensor.name for tensor in checkpoint if _RUN_TIME.search(tensor.name)])
+    for tensor in checkpoint:
+        if isinstance(tensor, StoredTensor) and tensor.dtype.startswith("F8_"):
+            raise tensor.error(f"is stored as {tensor.dtype}, but has no scale")
     return checkpoint
+
+
+def _of_modelopt(model_dir: Path) -> dict[str, Any] | None:
+    """What ModelOpt says of its checkpoints in a file of its own; earlier versions say it nowhere else."""
+    path = model_dir / "hf_quant_config.json"
+    if not path.is_file():
+        return None
+    stated = read_json(path).get("quantization")
+    if not isinstance(stated, dict):
+        raise ModelError("has no object 'quantization'", file=path)
+    return {**stated, "quant_method": "modelopt"} if stated.get("quant_algo") else None
 
 
 __all__ = ["FORMATS", "Format", "Settings", "open_checkpoint"]

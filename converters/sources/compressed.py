@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import ceil
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +22,29 @@ from .mxfp4 import mx_tensor
 from .scaled import is_block, scaled_tensor
 
 FLOATS = ("F32", "F16", "BF16")
+FORMATS = (
+    "dense",
+    "pack-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp8-quantized",
+    "float-quantized",
+    "int-quantized",
+    "naive-quantized",
+)
 
 
 def tensors(settings: Settings, checkpoint: Checkpoint) -> Iterator[DecodedTensor]:
     """See ``Format``."""
+    settings.require("format", *FORMATS, "mixed-precision", default="dense")
+    for part in _parts(settings.raw.get("config_groups")):
+        Settings(part, settings.config).require("format", *FORMATS, default="dense")
+    sparsity = settings.raw.get("sparsity_config")
+    if isinstance(sparsity, dict):
+        Settings(sparsity, settings.config).require("format", "dense", default="dense")
+    transform = settings.raw.get("transform_config")
+    if isinstance(transform, dict) and transform.get("config_groups"):
+        raise settings.error("'transform_config': its weights are rotated; llama.cpp does not rotate what they meet")
     for name, codes in named(checkpoint, ".weight_packed"):
         if codes.dtype == "I32":
             yield packed_tensor(checkpoint, name, codes, _bits(settings, codes))
@@ -48,14 +68,15 @@ def tensors(settings: Settings, checkpoint: Checkpoint) -> Iterator[DecodedTenso
         yield scaled_tensor(weight, scale, _block(settings, weight, scale), zero_point)
 
 
-def _groups(settings: Settings) -> list[dict[str, object]]:
+def _parts(groups: object) -> list[dict[str, Any]]:
+    """The objects in an object of objects."""
+    return [part for part in groups.values() if isinstance(part, dict)] if isinstance(groups, dict) else []
+
+
+def _groups(settings: Settings) -> list[dict[str, Any]]:
     """The ``weights`` of each config group."""
-    found = []
-    groups = settings.raw.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict):
-            found.append(weights)
+    groups = _parts(settings.raw.get("config_groups"))
+    found = [group["weights"] for group in groups if isinstance(group.get("weights"), dict)]
     if not found:
         raise settings.error("names no 'config_groups' with 'weights'")
     return found

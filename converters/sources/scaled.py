@@ -1,7 +1,8 @@
 """8-bit codes with a scale per tensor, per row or per block of rows and columns: FP8 in its many dresses, and int8.
 
-``fp8`` is DeepSeek-V3's (``weight_scale_inv`` multiplies, whatever its name says); ``fbgemm_fp8`` has a scale per row;
-compressed-tensors' ``float-quantized`` and ``int-quantized`` come here from ``compressed``.
+``fp8`` is DeepSeek-V3's (``weight_scale_inv`` multiplies, whatever its name says) and AutoFP8's (``weight_scale``);
+``fbgemm_fp8`` has a scale per row; compressed-tensors' ``float-quantized`` and ``int-quantized`` come here from
+``compressed``.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 
 def fp8(settings: Settings, checkpoint: Checkpoint) -> Iterator[DecodedTensor]:
-    """``X.weight`` with ``X.weight_scale_inv``, or of fused experts ``X`` with ``X_scale_inv`` (see ``Format``)."""
+    """``X.weight`` with ``X.weight_scale_inv`` or ``X.weight_scale``, of fused experts ``X`` with ``X_scale_inv`` (see
+    ``Format``)."""
     block = settings.raw.get("weight_block_size")
     if block is not None and not is_block(block):
         raise settings.error(f"'weight_block_size' must be two sizes, it is {block!r}")
-    for name, scale in named(checkpoint, "_scale_inv"):
+    plain = ((f"{name}.weight", scale) for name, scale in named(checkpoint, ".weight_scale"))
+    for name, scale in (*named(checkpoint, "_scale_inv"), *plain):
         weight = companion(checkpoint, scale, name, ("F8_E4M3", "F8_E5M2"))
         yield scaled_tensor(weight, scale, (block[0], block[1]) if block and prod(scale.shape) > 1 else None)
 

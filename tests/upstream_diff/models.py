@@ -261,7 +261,11 @@ FAMILY_CASES = [
     Case(
         "llama4", "llama4", {**LLAMA4, "num_local_experts": 128, "use_qk_norm": False, "interleave_moe_layer_step": 2}
     ),
-    Case("llama4-rope-in-ranges", "llama4", {**LLAMA4, "num_local_experts": 4, "rope_parameters": LLAMA3_ROPE}),
+    Case(
+        "llama4-rope-of-scout",
+        "llama4",
+        {**LLAMA4, "num_local_experts": 4, "rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}},
+    ),
     Case("deepseek-v3-yarn", "deepseek_v3", {**LATENT, **GROUPS, "rope_parameters": LATENT_YARN}),
 ]
 """The other families, one or two cases each."""
@@ -288,10 +292,10 @@ EXTRA_CASES = [
 """Where we leave upstream on purpose, or have nothing to compare: see ``test_upstream``."""
 
 
-def build(case: Case, folder: Path, vocab_size: int | None = None) -> None:
-    """Save ``case`` with seeded random weights to ``folder``, without a tokenizer if ``vocab_size`` is given."""
+def tiny_config(case: Case, vocab_size: int | None = None) -> Any:
+    """The configuration of ``case``; ``vocab_size`` is that of its tokenizer unless it is given."""
     spm = case.family in SPM_FAMILIES
-    config = CONFIG_CLASSES[case.family](
+    return CONFIG_CLASSES[case.family](
         **{
             "vocab_size": vocab_size or (4096 if spm else bpe_tokenizer("qwen2").get_vocab_size() + 3),
             "hidden_size": 64,
@@ -308,6 +312,11 @@ def build(case: Case, folder: Path, vocab_size: int | None = None) -> None:
             **copy.deepcopy(case.config),  # config classes write into their arguments
         }
     )
+
+
+def build(case: Case, folder: Path, vocab_size: int | None = None) -> None:
+    """Save ``case`` with seeded random weights to ``folder``, without a tokenizer if ``vocab_size`` is given."""
+    config = tiny_config(case, vocab_size)
     torch.manual_seed(1)
     model = auto_class(config).from_config(config)
     with torch.no_grad():
@@ -326,7 +335,7 @@ def build(case: Case, folder: Path, vocab_size: int | None = None) -> None:
     if case.old_config:
         make_config_old(folder)
     if vocab_size is None:
-        if spm:
+        if case.family in SPM_FAMILIES:
             copy_sentencepiece(folder)
         else:
             save_bpe(folder, "qwen2")

@@ -23,6 +23,7 @@ SAVERS = {
     "qwen2": ("qwen2", Vocabulary.save_byte_level),
     "qwen35": ("qwen3", Vocabulary.save_byte_level),
     "gpt-2": ("qwen3", Vocabulary.save_byte_level),
+    "deepseek-llm": ("llama", Vocabulary.save_byte_level),
     "command-r": ("cohere2", Vocabulary.save_byte_level),
     "llama-spm": ("llama", Vocabulary.save_sentencepiece),
     "llama-spm-json": ("mistral", Vocabulary.save_sentencepiece_json),

@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 
+from ccq_converters.pretokenizer import DEEPSEEK_LLM
 from ccq_format.gguf_io import open_model
 
 from .models import LLAMA3_REGEX, QWEN2_REGEX
@@ -15,13 +16,16 @@ from .models import LLAMA3_REGEX, QWEN2_REGEX
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (int(t) for t in gguf.TokenType)
 SPACE = "\u2581"
 
-REGEXES = {
-    "llama-bpe": LLAMA3_REGEX,
-    "qwen2": QWEN2_REGEX,
-    "qwen35": QWEN2_REGEX.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+"),
+REGEXES: dict[str, tuple[str, ...]] = {
+    "llama-bpe": (LLAMA3_REGEX,),
+    "qwen2": (QWEN2_REGEX,),
+    "qwen35": (
+        QWEN2_REGEX.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+"),
+    ),
+    "deepseek-llm": DEEPSEEK_LLM,
 }
 NFC = {"qwen2", "qwen35", "command-r"}
-DIGITS = {"command-r", "refact", "starcoder"}
+DIGITS = {"command-r", "refact", "starcoder", "deepseek-llm"}
 
 
 class Vocabulary:
@@ -75,13 +79,14 @@ class Vocabulary:
                 "pair": pair,
                 "special_tokens": {bos: ids},
             }
-        regex = REGEXES.get(self.name)
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex is None}
-        steps: list[dict[str, Any]] = [byte_level]
-        if regex is not None:
-            steps.insert(0, {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False})
-        elif self.name in DIGITS:
-            steps.insert(0, {"type": "Digits", "individual_digits": True})
+        regexes = REGEXES.get(self.name, ())
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not regexes}
+        steps: list[dict[str, Any]] = [
+            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} for regex in regexes
+        ]
+        if self.name in DIGITS:
+            steps.append({"type": "Digits", "individual_digits": True})
+        steps.append(byte_level)
         tokenizer = {
             "version": "1.0",
             "truncation": None,
