@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LADDER = ("ccq_t1_5", "ccq_t2", "ccq_t2_5", "ccq_t3", "iq4_nl", "q5_0", "q8_0")
-"""Types by size: 1.625, 2.125, 2.625, 3.125, 4.5, 5.5 and 8.5 bits per weight.  ccq_t1 is not among them: what a
-quarter of the signal costs does not follow from what small errors cost."""
+"""Types by size: 1.625, 2.125, 2.625, 3.125, 4.5, 5.5 and 8.5 bits per weight.  ccq_t1 is not among them: a step up is
+not for what has so little (plans by measurement do take it: ``allocate.ladder``)."""
 
 
 @dataclass(frozen=True)

@@ -309,6 +309,27 @@ def test_target_bpw_is_met_and_used(model: Path, tmp_path: Path, bpw: float) -> 
     assert bpw * weights - 1.375 * 64 * 256 <= used <= bpw * weights
 
 
+def test_one_bit_is_for_plans_with_data(model: Path, tmp_path: Path) -> None:
+    """Where matrices have two importances, the less important get ccq_t1 and the others more, on average 1.3 bits."""
+    data, out = write_data(tmp_path / "data.gguf"), tmp_path / "out.gguf"
+    result = run("quantize", model, "-o", out, "--target-bpw", 1.3, "--imatrix", data, "--threads", 1)
+    assert result.exit_code == 0, result.output
+    types = types_of(out)
+    assert {"ccq_t1"} < {types[name] for name in FREE}
+    assert not any(types[name] == "ccq_t1" for name in FREE if "attn_v" in name)
+    assert run("quantize", model, "-o", out, "--target-bpw", 1.3, "--overwrite").exit_code == 1
+
+
+def test_errors_of_one_bit_count_more() -> None:
+    x = gaussian(8, 128)
+    options = replace(OPTIONS, imatrix=importance({"w": imatrix.Entry(np.ones(128, np.float32), np.ones(1))}))
+    choices = measure(source("w", x), options)
+    assert choices.types == ("ccq_t1", *LADDER)
+    weights = np.ones(128, np.float32)
+    error, power = decoded("ccq_t1", x, weights) - x, np.square(x, dtype=np.float64).sum()
+    assert choices.errors[0] == pytest.approx(3 * np.square(error, dtype=np.float64).sum() / power)
+
+
 def test_target_size_holds_for_the_whole_file(model: Path, tmp_path: Path) -> None:
     sizes, totals = [], []
     for target in (75_000, 90_000, 120_000, 200_000, 300_000):
@@ -378,7 +399,7 @@ def test_patterns_pin_tensors(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--target-bpw", "1.5"), r"1\.5: the types have 1\.625 \(ccq_t1_5\) to 8\.5 \(q8_0\) bits"),
+        (("--target-bpw", "1.5"), r"1\.5: in the types that fit them the matrices have 1\.625 to 8\.5 bits"),
         (("--target-bpw", "9"), "1.625"),
         (("--target-bpw", "nan"), "1.625"),
         (("--target-size", "10k"), r"10,000 bytes: with these types the file has \d\d,\d\d\d to \d\d\d,\d\d\d bytes"),
