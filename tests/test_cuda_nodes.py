@@ -95,9 +95,14 @@ def check_mul_mat(device: Device, layout: Layout, w: np.ndarray, x: np.ndarray) 
             check_product(layout, np.ascontiguousarray(matching), np.ascontiguousarray(x[i3, i2]), got[i3, i2])
 
 
-def some_blocks(layout: Layout, shape: tuple[int, ...], blocks: int, rng: np.random.Generator) -> np.ndarray:
-    """Sane blocks, u8 [*shape, blocks * block_bytes]."""
-    return sane_blocks(layout, int(np.prod(shape)), blocks, rng).reshape(*shape, -1)
+def some_blocks(
+    layout: Layout, shape: tuple[int, ...], blocks: int, rng: np.random.Generator, sane: bool = True
+) -> np.ndarray:
+    """Blocks, u8 [*shape, blocks * block_bytes], in memory that ends with the word of the last byte, as a device's."""
+    made = (sane_blocks if sane else random_blocks)(layout, int(np.prod(shape)), blocks, rng)
+    room = np.zeros((made.size + 3) // 4 * 4, np.uint8)
+    room[: made.size] = made.reshape(-1)
+    return room[: made.size].reshape(*shape, -1)
 
 
 def some_floats(shape: tuple[int, ...], n: int, rng: np.random.Generator) -> np.ndarray:
@@ -219,7 +224,7 @@ def test_many_experts_and_tiles(device: Device) -> None:
 def test_get_rows(device: Device, layout: Layout) -> None:
     """Index dimensions choose their matrices; indices with gaps between them; one outside."""
     rng = np.random.default_rng(5)
-    w = random_blocks(layout, 2 * 3 * 5, 2, rng).reshape(2, 3, 5, -1)
+    w = some_blocks(layout, (2, 3, 5), 2, rng, sane=False)
     n = 2 * layout.block_weights
     weights = np.stack([expected_weights(layout, row) for row in w.reshape(30, -1)]).reshape(2, 3, 5, n)
     rows = rng.integers(0, 5, (2, 3, 6)).astype(np.int32)
@@ -238,7 +243,7 @@ def test_get_rows(device: Device, layout: Layout) -> None:
 
 def test_more_rows_than_a_grid_has(device: Device) -> None:
     layout, rng = by_name("ccq_t2"), np.random.default_rng(6)
-    w = random_blocks(layout, 3, 1, rng)
+    w = some_blocks(layout, (3,), 1, rng, sane=False)
     weights = to_bits(np.stack([expected_weights(layout, row) for row in w]), "f32")
     rows = rng.integers(0, 3, 65537).astype(np.int32)
     got = device.result("get_rows", (65537, 64), matrix(layout, w), plain(rows, "i32"))
@@ -250,7 +255,7 @@ def test_more_rows_than_a_grid_has(device: Device) -> None:
 @pytest.mark.parametrize("out", ["f32", "f16", "bf16"])
 def test_copy(device: Device, layout: Layout, out: str) -> None:
     rng = np.random.default_rng(7)
-    w = random_blocks(layout, 12, 2, rng).reshape(2, 3, 2, -1)
+    w = some_blocks(layout, (2, 3, 2), 2, rng, sane=False)
     for blocks in (w, w[:, ::2, 1:, layout.block_bytes :]):
         flat = np.ascontiguousarray(blocks).reshape(-1, blocks.shape[-1])
         want = to_bits(np.stack([expected_weights(layout, row) for row in flat]), out)
@@ -300,7 +305,23 @@ def test_nothing_to_compute(device: Device) -> None:
     assert device.run("mul_mat", Tensor(0, [3, 0], [4, 12, 0, 0], np.zeros(1, np.float32)), w, x) == 0
 
 
+@pytest.mark.parametrize("name", ["ccq_t2", "ccq_p2_5"])
+def test_all_paths_on_little(device: Device, name: str) -> None:
+    """What also runs under sanitizers: scratch memory of each path and layout, and the last bytes of every tensor."""
+    layout, rng = by_name(name), np.random.default_rng(9)
+    n = layout.block_weights
+    w = some_blocks(layout, (2, 2, 3), 1, rng)
+    for columns in (1, 3, 9):
+        check_mul_mat(device, layout, w, some_floats((2, 2, columns), n, rng))
+        check_mul_mat(device, layout, w[:1, :1], some_floats((1, 3, columns), n, rng))
+    for tokens in (2, 9):
+        order = np.stack([rng.permutation(2) for _ in range(tokens)]).astype(np.int32)
+        check_experts(device, layout, w[1], some_floats((tokens, 1), n, rng), order[:, :1])
+        check_experts(device, layout, w[1], some_floats((tokens, 2), n, rng), order)
+    device.result("get_rows", (2, 2, 1, n), matrix(layout, w), plain(np.full((2, 2, 1), 2, np.int32), "i32"))
+    device.result("copy", (2, 2, 3, n), matrix(layout, w), plain(np.zeros((2, 2, 3, n), np.float32)))
+
+
 def test_with_sanitizers(tmp_path: Path) -> None:
-    """A part under AddressSanitizer and UndefinedBehaviorSanitizer: scratch memory has no byte to spare."""
-    some = "test_strides or test_many_experts or test_a_stride or (test_experts and (ccq_t2 or ccq_p2)) or nothing"
-    cuda_harness.run_sanitized(tmp_path, __file__, some, (UNIT,))
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer: scratch memory has no byte to spare."""
+    cuda_harness.run_sanitized(tmp_path, __file__, "test_all_paths_on_little", (UNIT,))

@@ -274,6 +274,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     refused(tree, "the tree has no src/llama-quant.cpp")
     make_tree(tree, "llama.cpp")
     (tree / "tests/test-quantize-fns.cpp").unlink()  # release archives leave tests out
+    (tree / "ggml/src/ggml-cuda/ggml-cuda.cu").unlink()
+    refused(tree, "the tree has no ggml/src/ggml-cuda/ggml-cuda.cu", "--cuda")
     assert run(tree)[0] == 0
     assert run(tree, "--check")[0] == 0
     assert run(tree, "--revert")[0] == 0

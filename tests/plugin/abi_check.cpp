@@ -19,6 +19,7 @@ static_assert(GGML_BACKEND_API_VERSION >= abi::kApiVersionMin && GGML_BACKEND_AP
 static_assert(GGML_MAX_DIMS == abi::kMaxDims && GGML_MAX_SRC == abi::kMaxSrc && GGML_MAX_NAME == abi::kMaxName);
 static_assert(GGML_MAX_OP_PARAMS == abi::kMaxOpParams && GGML_N_TASKS_MAX == abi::kAllTasks);
 static_assert(GGML_TYPE_F32 == abi::kTypeF32 && GGML_TYPE_Q8_0 == abi::kTypeQ8_0 && GGML_TYPE_I32 == abi::kTypeI32);
+static_assert(GGML_TYPE_F16 == abi::kTypeF16 && GGML_TYPE_BF16 == abi::kTypeBF16);
 static_assert(GGML_STATUS_ALLOC_FAILED == abi::kStatusAllocFailed && GGML_STATUS_FAILED == abi::kStatusFailed &&
               GGML_STATUS_SUCCESS == abi::kStatusSuccess);
 static_assert(GGML_BACKEND_DEVICE_TYPE_CPU == abi::kDeviceTypeCpu);

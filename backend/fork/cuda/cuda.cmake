@@ -3,7 +3,7 @@
 # Earlier GPUs than Turing leave our types to the CPU, and the kernels cannot be compiled for them.
 set(GGML_CCQ_ARCHITECTURES "")
 foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
-  if(architecture MATCHES "^([0-9]+)" AND CMAKE_MATCH_1 LESS 75)
+  if(architecture MATCHES "^all" OR (architecture MATCHES "^([0-9]+)" AND CMAKE_MATCH_1 LESS 75))
     set(architecture 75-virtual)
   endif()
   list(APPEND GGML_CCQ_ARCHITECTURES ${architecture})
