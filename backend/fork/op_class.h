@@ -6,6 +6,10 @@
 namespace ccq {
 
 inline OpClass classify(ggml_op op) {
+    // MAP_CUSTOM1 to 3, and CUSTOM, which not every tree has.
+    if (op >= GGML_OP_MAP_CUSTOM1 && op < GGML_OP_CROSS_ENTROPY_LOSS) {
+        return OpClass::ForeignCustom;
+    }
     switch (op) {
     case GGML_OP_MUL_MAT: return OpClass::MulMat;
     case GGML_OP_MUL_MAT_ID: return OpClass::MulMatId;
@@ -16,10 +20,6 @@ inline OpClass classify(ggml_op op) {
     case GGML_OP_VIEW:
     case GGML_OP_PERMUTE:
     case GGML_OP_TRANSPOSE: return OpClass::View;
-    case GGML_OP_MAP_CUSTOM1:
-    case GGML_OP_MAP_CUSTOM2:
-    case GGML_OP_MAP_CUSTOM3:
-    case GGML_OP_CUSTOM: return OpClass::ForeignCustom;
     default: return OpClass::Other;
     }
 }

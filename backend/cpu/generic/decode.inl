@@ -7,15 +7,10 @@
  * which stores the group's 64 levels and returns its scale, as ccq_group_<stem> of core/decode.h does; one that decodes
  * whole blocks faster defines CCQ_HAVE_DECODE and decode_<stem> as ccq_kernels.decode. */
 
-#ifndef CCQ_HAVE_GROUPS
-#define group_t1 ccq_group_t1
-#define group_t1_5 ccq_group_t1_5
-#define group_t2 ccq_group_t2
-#define group_t2_5 ccq_group_t2_5
-#define group_t3 ccq_group_t3
-#define group_p2 ccq_group_p2
-#define group_p2_5 ccq_group_p2_5
-#define group_p2_75 ccq_group_p2_75
+#ifdef CCQ_HAVE_GROUPS
+#define CCQ_GROUP_OF(stem) group_##stem
+#else
+#define CCQ_GROUP_OF(stem) ccq_group_##stem
 #endif
 
 #ifndef CCQ_HAVE_DECODE
@@ -24,7 +19,7 @@
         for (int64_t b = 0; b < n_blocks; b++, blocks += CCQ_##STEM##_BLOCK_BYTES) {                                   \
             for (int group = 0; group < CCQ_##STEM##_GROUPS; group++, out += CCQ_GROUP) {                              \
                 int8_t v[CCQ_GROUP];                                                                                   \
-                const float scale = group_##stem(blocks, group, v);                                                    \
+                const float scale = CCQ_GROUP_OF(stem)(blocks, group, v);                                              \
                 ccq_group_weights(v, scale, trellis, out);                                                             \
             }                                                                                                          \
         }                                                                                                              \

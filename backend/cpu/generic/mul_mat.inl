@@ -57,7 +57,7 @@ static void multiply_panel(const ccq_product * p, const int8_t * levels, const f
                 const uint8_t * block = (const uint8_t *)p->blocks + (first + r) * p->row_stride;                      \
                 for (int64_t b = 0; b < p->n / (weights); b++, block += (bytes)) {                                     \
                     for (int group = 0; group < CCQ_##STEM##_GROUPS; group++, v += CCQ_GROUP) {                        \
-                        *scale++ = group_##stem(block, group, v);                                                      \
+                        *scale++ = CCQ_GROUP_OF(stem)(block, group, v);                                                \
                     }                                                                                                  \
                 }                                                                                                      \
             }                                                                                                          \
