@@ -170,18 +170,20 @@ def binary_importance(path: Path) -> Path:
 
 class Models(dict[str, tuple[Path, Path, Path]]):
     """By type or mixture: a model, made-up importance, and what ccq-convert makes of them when it is first asked for.
-    The bundled model, untied for mixtures, or for CCQ_P2, which its rows are too short for, the random one."""
+    The bundled model, with "untied" behind the name that; for CCQ_P2, which its rows are too short for, the random
+    one."""
 
     def __init__(self, source: Path, wide: Path, untied: Path) -> None:
         self.source, self.wide, self.untied = source, wide, untied
 
     def __missing__(self, name: str) -> tuple[Path, Path, Path]:
-        original = self.wide if name == "ccq_p2" else self.untied if name in MIXTURES else self.source
+        type_name, _, untied = name.partition(" ")
+        original = self.wide if type_name == "ccq_p2" else self.untied if untied else self.source
         importance = original.with_suffix(".imatrix.gguf")
         if not importance.exists():
             make_importance(original)
         made = self.source.with_name(f"{name}.gguf")
-        quantize(original, made, QuantOptions(name, imatrix=imatrix.load(importance)), progress=False)
+        quantize(original, made, QuantOptions(type_name, imatrix=imatrix.load(importance)), progress=False)
         self[name] = (original, importance, made)
         return self[name]
 
@@ -213,12 +215,12 @@ def data(tree: Tree, path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]
 # --- files
 
 
-@pytest.mark.parametrize("name", TYPES + MIXTURES)
+@pytest.mark.parametrize("name", TYPES + MIXTURES + [f"{name} untied" for name in MIXTURES])
 def test_llama_quantize_writes_the_same_bytes(tree: Tree, name: str, models: Models, tmp_path: Path) -> None:
     original, importance, ours = models[name]
     if tree.ik:
         importance = binary_importance(importance)
-    made = tree.quantize(original, tmp_path / "theirs.gguf", name, "--imatrix", importance)
+    made = tree.quantize(original, tmp_path / "theirs.gguf", name.split()[0], "--imatrix", importance)
     assert data(tree, made) == data(tree, ours)
     model = inspect(made)
     assert model.spec_version == "0.1"
@@ -251,7 +253,7 @@ def test_llama_quantize_of_experts(tree: Tree, name: str, tmp_path: Path) -> Non
     original = write_model(tmp_path / "moe.gguf", random_tensors("ccq_t3", EXPERTS)[1], EXPERTS)
     importance = make_importance(original)
     quantize(original, tmp_path / "ours.gguf", QuantOptions(name, imatrix=imatrix.load(importance)), progress=False)
-    made = tree.quantize(original, tmp_path / "theirs.gguf", name, "--imatrix", importance)
+    made = tree.quantize(original, tmp_path / "theirs.gguf", name.split()[0], "--imatrix", importance)
     assert data(tree, made) == data(tree, tmp_path / "ours.gguf")
 
 
