@@ -82,7 +82,7 @@ TWO_STEPS = {
     ("command", "settings"),
     [
         pytest.param(command, settings, marks=pytest.mark.slow if slow else ())
-        for command, slow_from in (("quantize", 4), ("hf2gguf", 1))
+        for command, slow_from in (("quantize", 3), ("hf2gguf", 1))
         for i, settings in enumerate(TWO_STEPS)
         for slow in [i >= slow_from]
     ],
