@@ -55,8 +55,10 @@ _UNIT = "a relative error of 1"
 
 KL_UNIT, RELATIVE_UNIT = "nats of KL divergence per token", "(mean relative error)"
 
-ONE_BIT, ONE_BIT_COST = "ccq_t1", 3.0
-"""The type of one bit, and what its errors count for: more than their size says, as all large ones.
+ONE_BIT = "ccq_t1"
+
+ONE_BIT_COST = 3.0
+"""What the errors of one bit count for: more than their size says, as all large ones.
 
 KL divergence of plans of the 4 M Llama with Hessians (32 windows of 512, effort fast, 4080 tokens scored), by what
 those errors count for; ccq_t1 alone has 0.879:
@@ -84,9 +86,8 @@ _LEVELS = (
     ("q8_0", "q8_0", 5.5),
     ("q5_0", "q8_0", 4.5),
     ("iq4_nl", "q5_0", 3.5),
-    *((mixture.embedding, mixture.output, _bpw(mixture.base)) for mixture in reversed(MIXTURES.values())),
-    # The smallest mixture's, with ccq_t1 among its types.
-    *((mixture.embedding, mixture.output, 0.0) for mixture in list(MIXTURES.values())[:1]),
+    # Those of the smallest mixture are for all that is smaller, too.
+    *((m.embedding, m.output, _bpw(m.base) if i else 0.0) for i, m in reversed([*enumerate(MIXTURES.values())])),
 )
 """Types of embedding and output under ``--target-size``, and the bits per weight that the other matrices need to have
 on average before they are given."""
@@ -97,8 +98,8 @@ F64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Choices:
-    """What one tensor can be: types by size, bytes of the tensor in each, the relative squared error measured, and the
-    loss, if it is known what an error costs."""
+    """What one tensor can be: types by size, bytes of the tensor in each, the relative squared error measured (of one
+    bit: what it counts for, see :data:`ONE_BIT_COST`), and the loss, if it is known what an error costs."""
 
     source: TensorSource
     types: tuple[str, ...]

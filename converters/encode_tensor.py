@@ -38,7 +38,8 @@ def encoded_rows(
     """The tensor in its target type from row ``first`` on, a few rows at a time: (uint8 ``[rows, row_bytes]``, number
     of weights).
 
-    ``errors``, if given, is told what they are decoded to if the type rounds weights to multiples of a scale.
+    ``errors``, if given, is told what they are decoded to if the type is searched, or rounds weights so small that a
+    scale may be too coarse.
 
     Raises ``WeightsError`` and ``ImportanceError``.
     """
@@ -85,8 +86,11 @@ def encoded_rows(
 
 
 def _note_errors(errors: BlockErrors | None, x: NDArray[np.float32], blocks: NDArray[np.uint8]) -> None:
-    if errors is not None and errors.type not in ("f32", "bf16"):
-        errors.add(x, decode_rows(errors.type, blocks))
+    if errors is None or errors.type in ("f32", "bf16"):
+        return
+    if encodable(errors.type) is None and errors.passes_over(x):  # decoding takes longer than encoding did
+        return
+    errors.add(x, decode_rows(errors.type, blocks))
 
 
 def _rows_with_feedback(

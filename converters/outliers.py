@@ -102,6 +102,15 @@ class BlockErrors:
     outlier_error: float = 0.0
     worst: float = 0.0
 
+    def passes_over(self, x: F32) -> bool:
+        """Whether rows, float32 ``[rows, n]``, are large enough for any scale; they are noted as without an error."""
+        power = float(np.vdot(x, x))
+        if power < SMALL**2 * x.size:
+            return False
+        self.weights += x.size
+        self.power += power
+        return True
+
     def add(self, x: F32, decoded: F32) -> None:
         """Some rows, float32 ``[rows, n]``, and what became of them."""
         group = _GROUP if is_ccq(self.type) else 32 if x.shape[1] % 32 == 0 else x.shape[1]
@@ -147,7 +156,7 @@ class Report:
 
     def add(self, errors: BlockErrors) -> None:
         """Note a tensor that is done."""
-        if not errors.weights:
+        if not errors.blocks:
             return
         log.debug(
             "%s: %s, squared error %.4f of its power, worst block %.3g of the mean block's power, "
