@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -32,10 +33,11 @@ BLOCK = 128
 MEASURE = """
 import resource, subprocess, sys
 status = subprocess.run(sys.argv[1:]).returncode
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
 sys.exit(status)
 """
-"""Prints the largest resident set of a command in KiB."""
+"""Prints a command's seconds of CPU time and largest resident set in KiB."""
 
 
 def fp8_values() -> NDArray[np.float32]:
@@ -101,12 +103,23 @@ def build(folder: Path, layers: int, hidden: int, intermediate: int) -> int:
     return sum(rows * columns for rows, columns in shapes.values()) * layers
 
 
-def convert(model: Path, out: Path, options: list[str]) -> tuple[float, float]:
-    """Seconds and MB of ``ccq-convert hf2gguf``."""
+@dataclass(frozen=True)
+class Cost:
+    """Of one conversion: seconds of the clock and of all CPUs, MB of memory."""
+
+    seconds: float
+    cpu: float
+    megabytes: float
+
+
+def convert(model: Path, out: Path, options: list[str]) -> Cost:
+    """What ``ccq-convert hf2gguf`` takes."""
     command = [sys.executable, "-m", "ccq_converters.cli", "hf2gguf", str(model), "-o", str(out), *options]
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", MEASURE, *command], stdout=subprocess.PIPE, text=True, check=True)
-    return time.perf_counter() - start, int(done.stdout.splitlines()[-1]) / 1000
+    seconds = time.perf_counter() - start
+    cpu, kib = done.stdout.splitlines()[-1].split()
+    return Cost(seconds, float(cpu), int(kib) / 1000)
 
 
 def same(one: Path, other: Path) -> bool:
@@ -130,18 +143,24 @@ def main(layers: int, hidden: int, intermediate: int, type_name: str, effort: st
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         weights = build(folder, layers, hidden, intermediate)
-        results: dict[str, list[tuple[float, float]]] = {"bf16": [], "fp8": []}
+        results: dict[str, list[Cost]] = {"bf16": [], "fp8": []}
         for _ in range(rounds):
             for kind, found in results.items():
                 found.append(convert(folder / kind, folder / f"{kind}.gguf", options))
             if not same(folder / "bf16.gguf", folder / "fp8.gguf"):
                 raise SystemExit("the two files differ")
-    ratio = median(fp8 / bf16 for (fp8, _), (bf16, _) in zip(results["fp8"], results["bf16"], strict=True))
+    pairs = list(zip(results["fp8"], results["bf16"], strict=True))
     for kind, found in results.items():
-        seconds, megabytes = median(s for s, _ in found), max(mb for _, mb in found)
-        click.echo(f"{kind}: {weights / 1e6:.0f} M weights in {seconds:.1f} s, {megabytes:.0f} MB of memory")
-    memory = max(mb for _, mb in results["fp8"]) / max(mb for _, mb in results["bf16"])
-    click.echo(f"fp8 over bf16: time {ratio:.2f} (median of {rounds} rounds), memory {memory:.2f}; equal files")
+        seconds, cpu = median(c.seconds for c in found), median(c.cpu for c in found)
+        memory = max(c.megabytes for c in found)
+        click.echo(
+            f"{kind}: {weights / 1e6:.0f} M weights in {seconds:.1f} s, CPU {cpu:.1f} s, {memory:.0f} MB of memory"
+        )
+    clock, cpu = (median(getattr(a, of) / getattr(b, of) for a, b in pairs) for of in ("seconds", "cpu"))
+    memory = max(c.megabytes for c in results["fp8"]) / max(c.megabytes for c in results["bf16"])
+    click.echo(
+        f"fp8 over bf16: time {clock:.2f}, CPU {cpu:.2f} (medians of {rounds} rounds), memory {memory:.2f}; equal files"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from .hessian import HessianWriter
 from .host import cpu_count, free_memory
 from .llama import LlamaModel, library, load_plugin_for
 from .rules import is_vocabulary, never_quantized
+from .threads import ThreadPool
 
 BATCH = 512
 """Tokens that llama.cpp evaluates at a time; its logits buffer has room for as many, whether they are computed or
@@ -100,7 +100,7 @@ class _Input:
         """The names that get a Hessian: not those of routers and the like, which are never quantized."""
         return [name for name in self.names if not never_quantized(name)]
 
-    def add(self, x: F32, matrix: NDArray[np.integer[Any]] | None, pool: ThreadPoolExecutor) -> None:
+    def add(self, x: F32, matrix: NDArray[np.integer[Any]] | None, pool: ThreadPool) -> None:
         """Add inputs float32 ``[rows, width]``, given to the matrices ``matrix`` ``[rows, n]`` (``None``: there is but
         one).  Raises ``ImportanceError`` if one is not finite."""
         if matrix is None:
@@ -200,7 +200,7 @@ class _FirstLook(_Watch):
 class _Collect(_Watch):
     """Sums up the inputs ``wanted`` and ends the graph behind the last of them."""
 
-    def __init__(self, ggml: Ggml, process_output: bool, wanted: list[_Input], pool: ThreadPoolExecutor) -> None:
+    def __init__(self, ggml: Ggml, process_output: bool, wanted: list[_Input], pool: ThreadPool) -> None:
         super().__init__(ggml, process_output)
         self.pool = pool
         self.by_name = {name: entry for entry in wanted for name in entry.names}
@@ -336,34 +336,33 @@ _Run = TypeVar("_Run", bound="GraphRun")
 class GraphRun:
     """A model in llama.cpp, the windows of a text, and the threads that evaluate them and that look at the graph.
 
-    llama.cpp has a thread to itself, because its call cannot be interrupted, and waiting for it can.  The sums are
-    divided between threads of our own, NumPy's BLAS using one in each: its own threads go on spinning after a product,
-    which on a machine without spare cores slowed llama.cpp down to a third.
+    The sums are divided between threads of our own, NumPy's BLAS using one in each: its own threads go on spinning
+    after a product, which on a machine without spare cores slowed llama.cpp down to a third.
     """
 
     def __init__(self, path: Path, text: str | Sequence[int], options: CalibrationOptions):
         self.options = options
         self.path = path
-        self.model = model = LlamaModel(
-            path,
-            n_ctx=options.ctx,
-            n_seq=max(1, BATCH // options.ctx),
-            threads=options.threads,
-            exact=options.exact,
-            n_batch=BATCH,
-            watch=_leave,
-        )
-        self.runner = ThreadPoolExecutor(1)
-        self.pool = ThreadPoolExecutor(options.threads if options.threads > 0 else cpu_count())
-        self.blas = threadpool_limits(1, user_api="blas")
-        try:
-            if options.ctx > model.n_ctx_train:
-                raise ModelError(f"its context is {model.n_ctx_train} tokens, not {options.ctx}", file=path)
+        with ExitStack() as stack:
+            self.model = stack.enter_context(
+                LlamaModel(
+                    path,
+                    n_ctx=options.ctx,
+                    n_seq=max(1, BATCH // options.ctx),
+                    threads=options.threads,
+                    exact=options.exact,
+                    n_batch=BATCH,
+                    watch=_leave,
+                    interruptible=True,
+                )
+            )
+            stack.enter_context(threadpool_limits(1, user_api="blas"))
+            self.pool = stack.enter_context(ThreadPool(options.threads if options.threads > 0 else cpu_count()))
+            if options.ctx > self.model.n_ctx_train:
+                raise ModelError(f"its context is {self.model.n_ctx_train} tokens, not {options.ctx}", file=path)
             self.ggml = Ggml(library().llama_cpp._lib)
             self.windows = self._windows(text)
-        except BaseException:
-            self.close()
-            raise
+            self._open = stack.pop_all()
 
     def __enter__(self: _Run) -> _Run:
         return self
@@ -373,16 +372,7 @@ class GraphRun:
 
     def close(self) -> None:
         """Free the model, once nothing runs in it any more."""
-        self.model.watch = _leave
-        while True:
-            try:
-                self.runner.shutdown()
-                break
-            except KeyboardInterrupt:  # a second one must not free what still runs
-                continue
-        self.pool.shutdown()
-        self.blas.restore_original_limits()
-        self.model.close()
+        self._open.close()
 
     def _windows(self, text: str | Sequence[int]) -> NDArray[np.int64]:
         """Token ids int64 ``[windows, ctx]``.  Raises ``ImportanceError``."""
@@ -409,8 +399,7 @@ class GraphRun:
         sequences = np.repeat(np.arange(count), length).tolist()
         positions = list(range(low, low + length)) * count
         outputs = [position >= first for position in positions]
-        run = self.runner.submit(self.model.decode, tokens.reshape(-1).tolist(), positions, sequences, outputs)
-        return run.result()
+        return self.model.decode(tokens.reshape(-1).tolist(), positions, sequences, outputs)
 
 
 class _Calibration(GraphRun):

@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,6 +36,7 @@ from .base_record import BaseLogits, Packed, Recorder, pack
 from .console import progress_bar
 from .host import cpu_count
 from .llama import _N_BATCH, LlamaModel, load_plugin_for
+from .threads import ThreadPool
 
 _CELLS = 1 << 16
 """Log-probabilities that a thread holds in float64 at a time: few enough for its cache, which takes 5 instead of 9
@@ -271,10 +271,10 @@ def _record(predict: Predict, targets: NDArray[np.int64], part: slice) -> Packed
     return Packed(*pack(logp), at_targets, tops)
 
 
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int) -> ThreadPool:
     """Threads for what NumPy does with log-probabilities, which in a model of few weights and a large vocabulary takes
     longer than the model."""
-    return ThreadPoolExecutor(threads if threads > 0 else cpu_count())
+    return ThreadPool(threads if threads > 0 else cpu_count())
 
 
 def _predictions(model: LlamaModel, tokens: list[int], count: int) -> Iterator[Predict]:

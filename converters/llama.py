@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from ccq_format.output import OutputFile
 
 from .host import cpu_count
 from .imatrix import Importance
+from .threads import ThreadPool
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ STOCK_FILE_TYPES = {
 """The ``llama_ftype`` whose default type each type is (``llama_ftype_get_default_type``): the mixture IQ2_S is mostly
 IQ2_XS, and IQ2_M is the one built on IQ2_S."""
 
+_T = TypeVar("_T")
+
 Watch = Callable[[int, bool], bool]
 """See ``LlamaModel``."""
 
@@ -87,6 +90,11 @@ def _collect(level: int, text: bytes, _user_data: object) -> None:
     if level == _LOG_LEVEL_ERROR and line:
         _error_lines.append(line)
         del _error_lines[:-20]
+
+
+def _reasons() -> str:
+    """What llama.cpp said of a refusal."""
+    return "; ".join(_error_lines) or "no reason given"
 
 
 def load_plugin_for(*paths: str | os.PathLike[str]) -> None:
@@ -143,7 +151,10 @@ def stock_quantize(
     _error_lines.clear()
     with OutputFile(out, overwrite=True) as output:
         output.open()
-        if lib.llama_model_quantize(os.fsencode(source), os.fsencode(output.reachable), params):
+        with ThreadPool(1) as apart:  # from llama.cpp's messages: they would take an interrupt, see LlamaModel
+            call = apart.submit(lib.llama_model_quantize, os.fsencode(source), os.fsencode(output.reachable), params)
+            failed = call.result()
+        if failed:
             reason = _error_lines[-1] if _error_lines else "no reason given"
             raise EvalError(f"llama.cpp could not quantize the model to {type_name}: {reason}", file=source)
 
@@ -159,9 +170,9 @@ class LlamaModel:
     whether to stop there; stopped, it is called with ``False``, the node and its sources being computed, and says
     whether to go on with the graph.  What it raises comes out of :meth:`decode`.  It may be replaced at any time.
 
-    ``interruptible`` lets Ctrl-C end :meth:`decode` within a node of the graph: llama.cpp's call runs in a thread of
-    its own, since waiting for that can be interrupted, and is told to stop.  For many tokens at a time: it costs some
-    microseconds per node.
+    llama.cpp runs in a thread of its own: waiting for that can be interrupted, and the Python that llama.cpp calls back
+    never is, where ctypes would swallow the interrupt.  Ctrl-C ends a load early, and with ``interruptible`` also
+    :meth:`decode` within a node of the graph; for many tokens at a time: asking costs some microseconds per node.
     """
 
     def __init__(
@@ -179,18 +190,34 @@ class LlamaModel:
         self.path = os.fspath(path)
         self.watch = watch
         self._raised: BaseException | None = None
-        self._runner: ThreadPoolExecutor | None = None
         self._interrupted = False
-        self._lib = lib = library()
+        self._lib = library()
         self._ctx: Any = None
         self._model: Any = None
         self._batch: Any = None
         if not os.path.isfile(path):
             raise EvalError("no such file", file=path)
+        self._runner = ThreadPool(1)
+        try:
+            self._open(n_ctx, n_seq, threads, exact, n_batch, interruptible)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, n_ctx: int, n_seq: int, threads: int, exact: bool, n_batch: int, interruptible: bool) -> None:
+        """The model and its context."""
+        lib = self._lib
         _error_lines.clear()
-        self._model = lib.llama_model_load_from_file(self.path.encode(), lib.llama_model_default_params())
+        settings = lib.llama_model_default_params()
+        settings.progress_callback = lib.llama_progress_callback(lambda _share, _data: not self._interrupted)
+        raw_path = self.path.encode()
+
+        def load() -> None:  # what it made must be known even where no one waits for it any more
+            self._model = lib.llama_model_load_from_file(raw_path, settings)
+
+        self._run(load)
         if not self._model:
-            raise EvalError(f"llama.cpp refused the model: {'; '.join(_error_lines) or 'no reason given'}", file=path)
+            raise EvalError(f"llama.cpp refused the model: {_reasons()}", file=self.path)
         if lib.llama_model_is_hybrid(self._model) or lib.llama_model_is_recurrent(self._model):
             # ggml 0.25 on a CPU with AMX mixes up states of sequences that are decoded together where their matrices
             # are q8_0 or q4_0: logits of Qwen3.5 are off by 12, or NaN.
@@ -205,15 +232,17 @@ class LlamaModel:
         if exact:
             params.type_k = params.type_v = lib.GGML_TYPE_F32
             params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if watch is not None:
+        if self.watch is not None:
             self._on_node = params.cb_eval = lib.ggml_backend_sched_eval_callback(self._visit)
         if interruptible:
-            self._runner = ThreadPoolExecutor(1)
             self._abort = params.abort_callback = lib.ggml_abort_callback(lambda _data: self._interrupted)
-        self._ctx = lib.llama_init_from_model(self._model, params)
+
+        def start() -> None:
+            self._ctx = lib.llama_init_from_model(self._model, params)
+
+        self._run(start)
         if not self._ctx:
-            self.close()
-            raise EvalError(f"llama.cpp made no context: {'; '.join(_error_lines) or 'no reason given'}", file=path)
+            raise EvalError(f"llama.cpp made no context: {_reasons()}", file=self.path)
         self._batch = lib.llama_batch_init(self.n_batch, 0, 1)
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.n_ctx, self.n_seq = n_ctx, n_seq
@@ -232,16 +261,17 @@ class LlamaModel:
         self.close()
 
     def close(self) -> None:
-        """Free the model and its context; safe to call twice."""
-        if self._runner is not None:
+        """Free the model and its context, once nothing runs in it any more; safe to call twice."""
+        try:
             self._runner.shutdown()
-        if self._batch is not None:
-            self._lib.llama_batch_free(self._batch)
-        if self._ctx:
-            self._lib.llama_free(self._ctx)
-        if self._model:
-            self._lib.llama_model_free(self._model)
-        self._batch = self._ctx = self._model = None
+        finally:
+            if self._batch is not None:
+                self._lib.llama_batch_free(self._batch)
+            if self._ctx:
+                self._lib.llama_free(self._ctx)
+            if self._model:
+                self._lib.llama_model_free(self._model)
+            self._batch = self._ctx = self._model = None
 
     def _visit(self, node: int, ask: bool, _user_data: object) -> bool:
         """What llama.cpp calls; ctypes would swallow an exception."""
@@ -289,7 +319,7 @@ class LlamaModel:
             batch.seq_id[i][0] = sequences[i]
             batch.logits[i] = outputs[i]
         self._raised = None
-        status = self._lib.llama_decode(self._ctx, batch) if self._runner is None else self._decode_aside(batch)
+        status = self._run(self._lib.llama_decode, self._ctx, batch)
         if self._raised is not None:
             raise self._raised
         if status:
@@ -300,18 +330,19 @@ class LlamaModel:
             return np.empty((0, self.n_vocab), np.float32)
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._ctx), (n_out, self.n_vocab))
 
-    def _decode_aside(self, batch: Any) -> int:
-        """llama_decode in the thread for it; whatever ends the wait ends the call, too."""
-        assert self._runner is not None
+    def _run(self, call: Callable[..., _T], *arguments: Any) -> _T:
+        """A call into llama.cpp, in the thread for it; whatever ends the wait ends the call, too."""
         self._interrupted = False
-        run = self._runner.submit(self._lib.llama_decode, self._ctx, batch)
         try:
-            return int(run.result())
+            return self._runner.submit(call, *arguments).result()
         except BaseException:
             self._interrupted = True
-            while not run.done():
+            # The thread may have the call though submit gave no future of it: an interrupt can come between the two.
+            idle = threading.Event()
+            while not idle.is_set():
                 with suppress(KeyboardInterrupt):  # a second one must not free what still runs
-                    wait([run])
+                    self._runner.submit(idle.set)
+                    idle.wait()
             raise
 
     def generate(self, prompt: str | list[int], n_tokens: int) -> tuple[str, float]:

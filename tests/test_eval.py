@@ -12,9 +12,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +36,7 @@ from ccq_converters.gguf_sources import sources_of
 from ccq_converters.options import QuantOptions
 from ccq_converters.quantize import quantize
 from ccq_converters.tensors import TensorSource
+from ccq_converters.threads import ThreadPool
 from ccq_format.errors import EvalError, InputError
 from ccq_format.gguf_io import open_model
 
@@ -474,27 +478,27 @@ def test_progress_and_interrupt(files: dict[str, Path]) -> None:
             shown += os.read(terminal, 4096)
         child.send_signal(signal.SIGINT)
         stdout, _ = child.communicate(timeout=60)
-        while b"Interrupted" not in shown:
-            shown += os.read(terminal, 4096)
+        with suppress(OSError):  # the other end is closed, and all is read
+            while True:
+                shown += os.read(terminal, 4096)
     finally:
         child.kill()
         os.close(terminal)
-    assert child.returncode == 130
+    assert child.returncode == 130, shown.decode()
     assert stdout == b""
     assert b" windows" in shown
+    assert b"Interrupted" in shown
 
 
-def test_an_interrupt_ends_a_graph(
-    files: dict[str, Path], text: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    asked = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Counts how often llama.cpp asks whether to go on.  Ctrl-C comes when the first number gets to the second, and the
+    answer once the main thread knows of it."""
+    counted = [0, 0]
 
     def interrupted(model: llama.LlamaModel) -> bool:
-        """What llama.cpp asks at every node; Ctrl-C comes at the third."""
-        asked.append(vars(model)["interrupted"])
-        if len(asked) == 3:
+        counted[0] += 1
+        if counted[0] == counted[1]:
             os.kill(os.getpid(), signal.SIGINT)
             deadline = time.monotonic() + 60
             while not vars(model)["interrupted"] and time.monotonic() < deadline:
@@ -505,15 +509,69 @@ def test_an_interrupt_ends_a_graph(
         vars(model)["interrupted"] = value
 
     monkeypatch.setattr(llama.LlamaModel, "_interrupted", property(interrupted, note), raising=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield counted
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_a_graph(files: dict[str, Path], text: str, asked: list[int]) -> None:
     with llama.LlamaModel(files["f32"], n_ctx=256, threads=1, interruptible=True) as model:
         tokens = model.tokenize(text)[:256]
         arguments = tokens, list(range(256)), [0] * 256, [True] * 256
+        asked[:] = 0, 3
         with pytest.raises(KeyboardInterrupt):
             model.decode(*arguments)
-        assert len(asked) == 3  # the rest of the graph was not computed
-        asked += [False] * 3
+        assert asked[0] == 3  # the rest of the graph was not computed
         model.clear()
         assert model.decode(*arguments).shape == (256, model.n_vocab)
+
+
+def test_an_interrupt_ends_a_load(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, asked: list[int]) -> None:
+    library = llama.library()
+    load = library.llama_model_load_from_file
+    loaded = []
+
+    def recorded(*arguments: Any) -> Any:
+        loaded.append(load(*arguments))
+        return loaded[-1]
+
+    monkeypatch.setattr(library, "llama_model_load_from_file", recorded)
+    asked[:] = 0, 2
+    with pytest.raises(KeyboardInterrupt):
+        llama.LlamaModel(files["f32"], n_ctx=64, threads=1)
+    assert asked[0] == 2
+    assert loaded == [None]
+    llama.LlamaModel(files["f32"], n_ctx=64, threads=1).close()
+    assert loaded[1] is not None
+
+
+def test_an_interrupt_behind_the_start_of_a_call(
+    files: dict[str, Path], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread has the work, and the main thread no future of it."""
+    with llama.LlamaModel(files["f32"], n_ctx=64, threads=1) as model:
+        library = llama.library()
+        decode, submit = library.llama_decode, ThreadPool.submit
+        ended = []
+
+        def late(*arguments: Any) -> Any:
+            time.sleep(0.1)
+            ended.append(decode(*arguments))
+            return ended[-1]
+
+        def interrupted(pool: ThreadPool, *arguments: Any) -> Any:
+            submit(pool, *arguments)
+            monkeypatch.setattr(ThreadPool, "submit", submit)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(library, "llama_decode", late)
+        monkeypatch.setattr(ThreadPool, "submit", interrupted)
+        arguments = model.tokenize(text)[:64], list(range(64)), [0] * 64, [True] * 64
+        with pytest.raises(KeyboardInterrupt):
+            model.decode(*arguments)
+        assert ended == [0]
+        model.clear()
+        assert model.decode(*arguments).shape == (64, model.n_vocab)
 
 
 # --- the record of a base --------------------------------------------------------------------------------------------
