@@ -27,8 +27,7 @@ from ccq_converters.tensors import TensorSource
 from ccq_format import codec, layouts
 from ccq_format.errors import ImportanceError, PlanError, WeightsError
 from ccq_format.gguf_io import ModelWriter, open_model
-
-from .cli_common import without_calibration
+from support.commands import without_calibration
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "manllama-4m"
 

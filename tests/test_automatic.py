@@ -19,8 +19,8 @@ from ccq_converters.cli import main
 from ccq_converters.hf2gguf import convert
 from ccq_converters.options import QuantOptions
 from ccq_format.gguf_io import open_model
+from support.commands import unnamed
 
-from .cli_common import unnamed
 from .test_collect import EXAMPLE
 from .test_converters_cli import gaussian, write_gguf
 

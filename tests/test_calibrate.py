@@ -28,8 +28,8 @@ from ccq_converters.hf2gguf import convert
 from ccq_converters.options import QuantOptions
 from ccq_format.errors import EvalError, ImportanceError, ModelError, OutputError
 from ccq_format.gguf_io import open_model
+from support.commands import unnamed
 
-from .cli_common import unnamed
 from .upstream_diff.models import CASES, EXAMPLE, MOE, QWEN_MOE, Case, build, save_bpe
 
 HELDOUT = EXAMPLE.parent / "heldout.txt"

@@ -31,8 +31,8 @@ from ccq_converters.losses import measure_losses
 from ccq_converters.options import QuantOptions
 from ccq_format.errors import EvalError, ImportanceError, ModelError, OutputError
 from ccq_format.gguf_io import open_model
+from support.commands import unnamed
 
-from .cli_common import unnamed
 from .upstream_diff.models import CASES, EXAMPLE, FAMILY_CASES, MOE, QWEN_MOE, Case, build
 
 DATA = Path(__file__).parent / "data"

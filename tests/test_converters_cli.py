@@ -20,8 +20,7 @@ from ccq_converters.console import progress_bar
 from ccq_converters.target_types import STOCK_TYPES
 from ccq_format import codec, layouts
 from ccq_format.gguf_io import ModelWriter, open_model
-
-from .cli_common import unnamed, without_advice, without_calibration
+from support.commands import unnamed, without_advice, without_calibration
 
 RNG_SEED = 7
 CCQ = [layout.name for layout in layouts.LAYOUTS]

@@ -8,12 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import cuda_harness
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from kernels_common import expected_weights, run_python, same_bits, sane_blocks
 from test_cuda_kernels import activations, check_product
 
 from ccq_backend import cuda
@@ -22,6 +20,8 @@ from ccq_converters.cli import main
 from ccq_format import errors
 from ccq_format.gguf_io import open_model
 from ccq_format.layouts import by_name
+from support import cuda_harness
+from support.blocks import expected_weights, run_python, same_bits, sane_blocks
 
 T2 = by_name("ccq_t2")
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "manllama-4m"

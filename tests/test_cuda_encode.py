@@ -1,4 +1,4 @@
-"""The CUDA encoder of the T types, run on a CPU (``cuda_harness.py``): the bytes of the CPU's encoder."""
+"""The CUDA encoder of the T types, run on a CPU (``support/cuda_harness.py``): the bytes of the CPU's encoder."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import cuda_harness
 import numpy as np
 import pytest
-from cli_common import without_calibration
 from click.testing import CliRunner
-from cuda_harness import Device
-from kernels_common import F32, T_LAYOUTS, run_python
 
 import ccq_backend
 from ccq_backend import cuda
@@ -23,6 +19,10 @@ from ccq_converters.feedback import encode_with_feedback, factorize
 from ccq_format import errors
 from ccq_format.gguf_io import ModelWriter
 from ccq_format.layouts import Layout, by_name
+from support import cuda_harness
+from support.blocks import F32, T_LAYOUTS, run_python
+from support.commands import without_calibration
+from support.cuda_harness import Device
 
 pytestmark = pytest.mark.skipif(
     cuda_harness.compiler() is None, reason="no C++ compiler: install one, or name it in CXX"

@@ -1,5 +1,5 @@
-"""The CUDA kernels, run on a CPU (``cuda_harness.py``): all types against the layout table, bit for bit or within the
-bound of backend/cpu/ACTIVATIONS.md."""
+"""The CUDA kernels, run on a CPU (``support/cuda_harness.py``): all types against the layout table, bit for bit or
+within the bound of backend/cpu/ACTIVATIONS.md."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import cuda_harness
 import numpy as np
 import pytest
-from cuda_harness import Device
-from kernels_common import expected_weights, levels_and_scales, random_blocks, sane_blocks
 
 from ccq_format.layouts import GROUP, LAYOUTS, Layout
+from support import cuda_harness
+from support.blocks import expected_weights, levels_and_scales, random_blocks, sane_blocks
+from support.cuda_harness import Device
 
 pytestmark = pytest.mark.skipif(
     cuda_harness.compiler() is None, reason="no C++ compiler: install one, or name it in CXX"

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cuda_harness
 import numpy as np
 import pytest
 from cffi import FFI
-from kernels_common import expected_weights, random_blocks, sane_blocks
 from test_cuda_kernels import activations, check_product, to_bits
 
 from ccq_format.layouts import LAYOUTS, Layout, by_name
+from support import cuda_harness
+from support.blocks import expected_weights, random_blocks, sane_blocks
 
 pytestmark = pytest.mark.skipif(
     cuda_harness.compiler() is None, reason="no C++ compiler: install one, or name it in CXX"

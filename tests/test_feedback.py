@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kernels_common import levels_and_scales
 from numpy.typing import NDArray
 
 import ccq_backend
@@ -18,6 +17,7 @@ from ccq_converters.quantize import quantize
 from ccq_format import layouts
 from ccq_format.errors import ImportanceError, ShapeError
 from ccq_format.gguf_io import ModelWriter, open_model
+from support.blocks import levels_and_scales
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

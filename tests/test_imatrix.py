@@ -15,8 +15,8 @@ from ccq_converters.cli import main
 from ccq_converters.encode import encode_rows
 from ccq_format.errors import CcqError, FormatError, ImportanceError, InputError
 from ccq_format.gguf_io import ModelWriter, open_model
+from support.commands import without_calibration
 
-from .cli_common import without_calibration
 from .test_converters_cli import write_gguf
 
 DATA = Path(__file__).parent / "data"

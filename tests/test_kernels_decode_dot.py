@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_common import (
+
+import ccq_backend
+from ccq_format import errors
+from ccq_format.layouts import GROUP, LAYOUTS, Layout
+from support.blocks import (
     F32,
     expected_dots,
     expected_weights,
@@ -15,10 +19,6 @@ from kernels_common import (
     same_bits,
     sane_blocks,
 )
-
-import ccq_backend
-from ccq_format import errors
-from ccq_format.layouts import GROUP, LAYOUTS, Layout
 
 ANY_LAYOUT = st.sampled_from(LAYOUTS)
 SEED = st.integers(0, 2**32 - 1)

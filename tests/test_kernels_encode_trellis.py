@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_common import F32, T_LAYOUTS, U8, levels_and_scales, random_blocks, same_bits
 
 import ccq_backend
 from ccq_format import errors
 from ccq_format.layouts import Layout
+from support.blocks import F32, T_LAYOUTS, U8, levels_and_scales, random_blocks, same_bits
 
 by_layout = pytest.mark.parametrize("layout", T_LAYOUTS, ids=lambda layout: layout.name)
 by_effort = pytest.mark.parametrize("effort", list(ccq_backend.EFFORTS))

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from kernels_common import run_python
 
 import ccq_backend
 from ccq_format.layouts import LAYOUTS
+from support.blocks import run_python
 
 CPU = Path(__file__).parents[1] / "backend/cpu"
 SUPPORTED = [name for name, supported in ccq_backend.isas() if supported]
@@ -21,7 +21,7 @@ import hashlib, json, sys
 import numpy as np
 import ccq_backend
 from ccq_format.layouts import GROUP, LAYOUTS, TrellisCode
-from kernels_common import random_blocks, sane_blocks
+from support.blocks import random_blocks, sane_blocks
 
 def digest(a):
     return hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest()

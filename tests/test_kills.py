@@ -24,8 +24,7 @@ from ccq_converters.cli import main
 from ccq_converters.imatrix import Entry, Importance, fill
 from ccq_format.errors import OutputError
 from ccq_format.gguf_io import ModelWriter, SplitWriter
-
-from .cli_common import without_advice, without_calibration
+from support.commands import without_advice, without_calibration
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "manllama-4m"
 HIDDEN = re.compile(r"\.o.*\.gguf\.[0-9a-f]{8}\.tmp")
@@ -88,7 +87,7 @@ def quantize(source: Path, folder: Path, *more: object) -> list[str]:
 
 @dataclass
 class Killer:
-    """The program ``killable.py``."""
+    """The program ``support/killable.py``."""
 
     process: subprocess.Popen[str]
 
@@ -104,7 +103,7 @@ class Killer:
 
 @pytest.fixture(scope="module")
 def killer() -> Iterator[Killer]:
-    program = Path(__file__).with_name("killable.py")
+    program = Path(__file__).parent / "support" / "killable.py"
     with subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         yield Killer(child)
 

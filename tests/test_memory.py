@@ -13,8 +13,7 @@ import pytest
 
 from ccq_converters.hessian import HessianWriter
 from ccq_format.gguf_io import ModelWriter, open_model
-
-from .big_model import Shape, build
+from support.big_model import Shape, build
 
 MEASURE = """
 import resource, subprocess, sys

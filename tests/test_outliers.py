@@ -19,8 +19,7 @@ from ccq_converters.options import QuantOptions
 from ccq_converters.outliers import A_FIFTH, TOO_SMALL, BlockErrors, block_powers, outlier_powers
 from ccq_converters.tensors import TensorSource
 from ccq_format.gguf_io import ModelWriter
-
-from .cli_common import without_calibration
+from support.commands import without_calibration
 
 T_TYPES = ("ccq_t1_5", "ccq_t2", "ccq_t2_5", "ccq_t3")
 

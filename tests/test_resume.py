@@ -28,8 +28,7 @@ from ccq_converters.options import QuantOptions
 from ccq_converters.resume import job_of
 from ccq_format import _writer, output
 from ccq_format.gguf_io import ModelWriter
-
-from .cli_common import without_advice, without_calibration
+from support.commands import without_advice, without_calibration
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "manllama-4m"
 NORM = "blk.0.attn_norm.weight"

@@ -17,11 +17,10 @@ from ccq_converters.quantize import quantize
 from ccq_converters.tensors import TensorSource
 from ccq_format.errors import CcqError, ShapeError, TensorTypeError
 from ccq_format.gguf_io import ModelWriter, open_model
-
-from .cli_common import without_calibration
+from support.commands import without_calibration
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="runs in llama-cpp-python")
-from .ggml_common import ggml_dequantize, ggml_quantize  # noqa: E402
+from support.ggml import ggml_dequantize, ggml_quantize  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 LOSSY = sorted(t.name.lower() for t in gguf.quants._type_traits if gguf.GGML_QUANT_SIZES[t][0] > 1

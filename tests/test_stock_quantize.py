@@ -11,8 +11,7 @@ from ccq_converters import hf2gguf, imatrix, llama
 from ccq_converters.options import QuantOptions
 from ccq_format.errors import EvalError
 from ccq_format.gguf_io import open_model
-
-from .ggml_common import ggml_quantize
+from support.ggml import ggml_quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 IMATRIX = ROOT / "tests" / "data" / "manllama-4m.imatrix.gguf"

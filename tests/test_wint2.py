@@ -23,9 +23,9 @@ from ccq_converters.sources import wint2
 from ccq_format import codec, layouts
 from ccq_format.errors import CcqError, PlanError
 from ccq_format.gguf_io import Model, open_model
+from support.commands import without_advice
+from support.ernie_wint2 import Release, bf16, make, natural, pack_wint4, pack_wint8
 
-from .cli_common import without_advice
-from .ernie_wint2 import Release, bf16, make, natural, pack_wint4, pack_wint8
 from .test_hf2gguf_logits import TOLERANCE, in_llama_cpp, in_transformers
 from .upstream_diff.models import Case, build
 

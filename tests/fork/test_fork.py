@@ -29,8 +29,8 @@ from ccq_format import stock
 from ccq_format.errors import TensorTypeError
 from ccq_format.gguf_io import ModelWriter, open_model
 from ccq_format.layouts import LAYOUTS
+from support.servers import post, serving
 
-from ..server_common import post, serving
 from ..test_plugin_models import EXPERTS, VOCAB, random_tensors, write_model
 from .build import KINDS
 

@@ -25,8 +25,8 @@ import pytest
 import ccq_backend
 from ccq_converters import hf2gguf
 from ccq_converters.options import QuantOptions
+from support.servers import post, serving
 
-from ..server_common import post, serving
 from . import roots
 
 pytestmark = pytest.mark.hosts

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "manllama-4m"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "manllama-4m"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from cffi import FFI
 from ccq_backend.cdef import declarations
 from ccq_format.layouts import Layout
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "backend" / "cuda"
 EMULATOR = ROOT / "tests" / "cuda"
 
@@ -82,7 +82,7 @@ def run_sanitized(folder: Path, test_file: str, tests: str, units: tuple[str, ..
         "CCQ_TEST_EMULATOR": str(built),
         "LD_PRELOAD": asan,
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *(p for p in sys.path if p)]),
         "PYTHONMALLOC": "malloc",
     }
     run = subprocess.run(

@@ -18,7 +18,7 @@ U8 = npt.NDArray[np.uint8]
 
 T_LAYOUTS = [layout for layout in LAYOUTS if isinstance(layout.code, TrellisCode)]
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def same_bits(a: F32, b: F32) -> bool:

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
-
-from .upstream_diff.models import EXAMPLE
+from upstream_diff.models import EXAMPLE
 
 Arrays = dict[str, np.ndarray]
 
