@@ -18,6 +18,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from kernels_common import IN_GGML
 
 from ccq_format import codec, layouts
 
@@ -192,7 +193,7 @@ def random_text() -> list[int]:
     return np.random.default_rng(6).integers(3, VOCAB, TOKENS).tolist()
 
 
-@pytest.mark.parametrize("type", [layout.name for layout in layouts.LAYOUTS])
+@pytest.mark.parametrize("type", [layout.name for layout in IN_GGML])
 @pytest.mark.parametrize("model", ["dense", "moe"])
 def test_divergence_from_decoded_weights(models: Callable[[str, str], dict[str, Path]], model: str, type: str) -> None:
     ccq_backend.load_plugin()
