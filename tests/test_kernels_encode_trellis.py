@@ -24,12 +24,10 @@ GAUSSIAN_RELMSE = {
 
 
 def gaussian_relmse(layout: Layout, effort: str) -> float:
-    """That of a type, or of one that has no figures yet a bound: 1 dB (best: 0.8, fast: 1.2) above the least error that
-    any code of its rate has, which is 4^-rate."""
+    """That of a type; of one that has no figures yet 1.3 times 4^-rate, the least error that any code of its rate has."""
     assert isinstance(layout.code, TrellisCode)
     rate = layout.code.code_bits / layout.block_weights
-    bound = 10 ** ({"fast": 0.12, "default": 0.1, "best": 0.08}[effort]) * 4.0**-rate
-    return GAUSSIAN_RELMSE[effort].get(layout.name, bound)
+    return GAUSSIAN_RELMSE[effort].get(layout.name, 1.3 * 4.0**-rate)
 
 
 def relmse(layout: Layout, w: F32, importance: F32 | None = None, effort: str = "default") -> float:
