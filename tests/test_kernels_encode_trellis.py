@@ -24,7 +24,7 @@ GAUSSIAN_RELMSE = {
 
 
 def gaussian_relmse(layout: Layout, effort: str) -> float:
-    """That of a type; of one that has no figures yet 1.3 times 4^-rate, the least error that any code of its rate has."""
+    """That of a type, or without figures of it 1.3 times 4^-rate, the least error that a code of its rate can have."""
     assert isinstance(layout.code, TrellisCode)
     rate = layout.code.code_bits / layout.block_weights
     return GAUSSIAN_RELMSE[effort].get(layout.name, 1.3 * 4.0**-rate)
