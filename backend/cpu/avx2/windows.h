@@ -47,7 +47,7 @@ static const int level_offset[CCQ_TYPE_COUNT] = {CCQ_OWN_TRELLIS_TYPES(X)
 };
 
 #define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = CCQ_##STEM##_MULTIPLIER,
-static const uint32_t multiplier[CCQ_TYPE_COUNT] = {CCQ_OWN_TRELLIS_TYPES(X)};
+static const uint32_t hash_multiplier[CCQ_TYPE_COUNT] = {CCQ_OWN_TRELLIS_TYPES(X)};
 #undef X
 
 CCQ_INLINE int is_trellis(int type) { return type < CCQ_FIRST_PAPER_INDEX; }
@@ -172,7 +172,7 @@ CCQ_INLINE __m256i window(int type, const __m256i base[4], int i) {
 }
 
 CCQ_INLINE __m256i hashes(int type, const __m256i base[4], int i) {
-    const __m256i hash = _mm256_mullo_epi16(window(type, base, i), _mm256_set1_epi16((short)multiplier[type]));
+    const __m256i hash = _mm256_mullo_epi16(window(type, base, i), _mm256_set1_epi16((short)hash_multiplier[type]));
     return _mm256_and_si256(hash, _mm256_set1_epi16(0x7f7f));
 }
 
