@@ -8,11 +8,11 @@
 /* Functions with constant arguments, of which the loops of a kernel are made. */
 #define CCQ_INLINE static inline __attribute__((always_inline))
 
-/* Functions of the template, which is there for all types; those of types that the set does itself are not needed. */
+/* Functions of the template.  It is there for all types, whichever the set does itself. */
 #define CCQ_PLAIN static __attribute__((unused))
 
-/* The types for which the set has code of its own, which the others have no way into: it lists them beside that code,
- * in the form of CCQ_TRELLIS_TYPES and CCQ_PAPER_TYPES. */
+/* The types that the set does itself.  It lists them beside their code, in the form of CCQ_TRELLIS_TYPES and
+ * CCQ_PAPER_TYPES, and makes its functions for these only. */
 #define CCQ_OWN_TYPES(X) CCQ_OWN_TRELLIS_TYPES(X) CCQ_OWN_PAPER_TYPES(X)
 
 static inline const void * ccq_column_act(const ccq_product * p, int64_t column) {
