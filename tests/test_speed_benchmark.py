@@ -12,6 +12,7 @@ import bench
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from kernels_common import IN_GGML
 from processes import STOCK, Worker
 from random_models import (
     CCQ_TYPES,
@@ -53,7 +54,7 @@ def test_random_blocks_are_weights_of_the_asked_size(layout: Layout) -> None:
     assert 0.018 < codec.decode(layout, blocks).std() < 0.023
 
 
-@pytest.mark.parametrize("name", [*CCQ_TYPES, "q2_k", "iq2_s"])
+@pytest.mark.parametrize("name", [*(layout.name for layout in IN_GGML), "q2_k", "iq2_s"])
 @pytest.mark.parametrize("shape", [TINY, TINY_MOE], ids=lambda shape: str(shape.name))
 def test_a_model_is_valid_and_runs(shape: Shape, name: str, worker: Worker, tmp_path: Path) -> None:
     path = model_file(tmp_path, shape, name, remote_quantizer(worker.ask))
