@@ -55,18 +55,17 @@ def c_header() -> str:
         "",
         f"#define CCQ_GROUP {layouts.GROUP} /* weights that share one scale */",
         "",
-        "/* X(STEM, struct stem, GGUF id, weights per block, bytes per block) */",
+        "/* X(STEM, struct stem, GGUF id, weights per block, bytes per block): of one type, and of all of a kind. */",
     ]
 
     def x_list(name: str, rows: list[Layout]) -> list[str]:
-        lines = [f"#define {name}(X) \\"]
+        lines, names = [], []
         for layout in rows:
             stem = layout.name.removeprefix("ccq_")
-            lines.append(
-                f"    X({stem.upper()}, {stem}, {layout.gguf_id}, {layout.block_weights}, {layout.block_bytes}) \\"
-            )
-        lines[-1] = lines[-1].removesuffix(" \\")
-        return lines
+            row = f"X({stem.upper()}, {stem}, {layout.gguf_id}, {layout.block_weights}, {layout.block_bytes})"
+            names.append(f"CCQ_TYPE_{stem.upper()}(X)")
+            lines.append(f"#define {names[-1]} {row}")
+        return [*lines, f"#define {name}(X) " + " ".join(names)]
 
     lists = {f"CCQ_{family.upper()}_TYPES": _of_family(family) for family in FAMILIES}
     for name, rows in lists.items():

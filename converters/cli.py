@@ -16,10 +16,12 @@ import click
 
 import ccq_format
 from ccq_format.errors import CcqError, readable
+from ccq_format.layouts import LAYOUTS
 
 from . import hessian as hessians
 from . import imatrix as importance
 from .encode import require_device
+from .mixtures import MIXTURES
 from .options import QuantOptions
 from .plan import Plan
 from .target_types import KEEP
@@ -136,9 +138,9 @@ def _quant_options(command: _F) -> _F:
             "--type",
             "type_name",
             metavar="TYPE",
-            help="Type of the matrices: ccq_t1, ccq_t1_5, ccq_t2, ccq_t2_5, ccq_t3, ccq_p2, ccq_p2_5, ccq_p2_75 (the "
+            help=f"Type of the matrices: {', '.join(layout.name for layout in LAYOUTS)} (the "
             "prefix may be left out), f32, f16, bf16, q8_0, q5_0, iq4_nl, q4_0 or mxfp4; embedding and output become "
-            "q8_0, or f32, f16 or bf16 like the others. Or a mixture: ccq_t1_5_m, ccq_t2_m, ccq_t2_5_m, ccq_t3_m give "
+            f"q8_0, or f32, f16 or bf16 like the others. Or a mixture: {', '.join(MIXTURES)} give "
             "the matrices that matter most a larger type, and embedding and output smaller ones. Or keep: all "
             "matrices stay as they are.",
         ),

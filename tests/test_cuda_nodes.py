@@ -12,14 +12,14 @@ import pytest
 from cffi import FFI
 from test_cuda_kernels import activations, check_product, to_bits
 
-from ccq_format.layouts import LAYOUTS, Layout, by_name
+from ccq_format.layouts import Layout, by_name
 from support import cuda_harness
-from support.blocks import expected_weights, random_blocks, sane_blocks
+from support.blocks import IN_GGML, expected_weights, random_blocks, sane_blocks
 
 pytestmark = pytest.mark.skipif(
     cuda_harness.compiler() is None, reason="no C++ compiler: install one, or name it in CXX"
 )
-by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+by_layout = pytest.mark.parametrize("layout", IN_GGML, ids=lambda layout: layout.name)
 UNIT = str(cuda_harness.EMULATOR / "nodes.cpp")
 TYPES = {"f32": 0, "f16": 1, "i32": 26, "bf16": 30}
 """ggml's numbers."""

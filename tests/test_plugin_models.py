@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from ccq_format import codec, layouts
+from support.blocks import IN_GGML
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="runs in llama-cpp-python")
 import ccq_backend  # noqa: E402
@@ -192,7 +193,7 @@ def random_text() -> list[int]:
     return np.random.default_rng(6).integers(3, VOCAB, TOKENS).tolist()
 
 
-@pytest.mark.parametrize("type", [layout.name for layout in layouts.LAYOUTS])
+@pytest.mark.parametrize("type", [layout.name for layout in IN_GGML])
 @pytest.mark.parametrize("model", ["dense", "moe"])
 def test_divergence_from_decoded_weights(models: Callable[[str, str], dict[str, Path]], model: str, type: str) -> None:
     ccq_backend.load_plugin()

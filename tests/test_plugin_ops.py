@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ccq_format import codec, layouts
+from support.blocks import IN_GGML
 
 llama = pytest.importorskip("llama_cpp.llama_cpp", reason="runs in llama-cpp-python")
 import ccq_backend  # noqa: E402
@@ -22,7 +23,7 @@ F32, Q8_0, F16, I32 = 0, 8, 1, 26
 P, I64 = ctypes.c_void_p, ctypes.c_int64
 ACT_MAX = int(ccq_backend.read_activations(ccq_backend.quantize_activations([[1.0] * 64]), 64)[0].max())
 """The largest magnitude of an activation's integer in the kernel set in use."""
-TYPES = [layout.name for layout in layouts.LAYOUTS]
+TYPES = [layout.name for layout in IN_GGML]
 
 
 class InitParams(ctypes.Structure):

@@ -124,7 +124,7 @@ def test_validity_of_vectors(path: Path) -> None:
 def test_vectors_are_complete_and_reproducible() -> None:
     assert {p.parent.name for p in FILES} == {layout.name for layout in LAYOUTS}
     assert make_vectors.main(check=True) == 0
-    assert sum(p.stat().st_size for p in FILES) < 1_100_000
+    assert sum(p.stat().st_size for p in FILES) < 137_500 * len(LAYOUTS)
 
 
 @each_layout

@@ -30,6 +30,7 @@ from ccq_format import codec
 from ccq_format.errors import EvalError, TensorTypeError
 from ccq_format.gguf_io import open_model
 from ccq_format.layouts import LAYOUTS, Layout
+from support.blocks import IN_GGML
 
 TINY = Shape("tiny", layers=1, n_embd=512, n_ff=512, heads=8, kv_heads=4, vocab=256)
 TINY_MOE = replace(TINY, name="tiny-moe", experts=4, experts_used=2)
@@ -53,7 +54,7 @@ def test_random_blocks_are_weights_of_the_asked_size(layout: Layout) -> None:
     assert 0.018 < codec.decode(layout, blocks).std() < 0.023
 
 
-@pytest.mark.parametrize("name", [*CCQ_TYPES, "q2_k", "iq2_s"])
+@pytest.mark.parametrize("name", [*(layout.name for layout in IN_GGML), "q2_k", "iq2_s"])
 @pytest.mark.parametrize("shape", [TINY, TINY_MOE], ids=lambda shape: str(shape.name))
 def test_a_model_is_valid_and_runs(shape: Shape, name: str, worker: Worker, tmp_path: Path) -> None:
     path = model_file(tmp_path, shape, name, remote_quantizer(worker.ask))

@@ -268,7 +268,7 @@ def _product(
     size = 4 if x.dtype == "float32" else 2
     if x.address % (2 * size) or _row_stride(x) % 2:
         raise errors.CudaError(f"x must have its rows aligned to {2 * size} bytes")
-    if o.device is not None and len(o.shape) > 2 and o.shape[0] > 1 and o.strides[0] != o.shape[1] * _row_stride(o):
+    if len(o.shape) > 2 and o.shape[0] > 1 and o.strides[0] != o.shape[1] * _row_stride(o):
         raise errors.CudaError("out must be contiguous")
     call = _Call(list(arrays.items()), stream)
     ids = arrays.get("ids")

@@ -16,6 +16,9 @@ _lock = threading.Lock()
 _active: set[int] = set()
 """Handles of the libraries whose llama.cpp has the plugin."""
 
+_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda _level, _text, _data: None)
+"""A log callback of ggml's that is never freed: after an interrupt ggml may still have it."""
+
 
 def plugin_path() -> Path:
     """The plugin's shared library.  Raises ``PluginError`` if this installation has none."""
@@ -68,7 +71,6 @@ def _load(library: ctypes.CDLL, path: Path) -> None:
 @contextlib.contextmanager
 def _ggml_log_silenced(library: ctypes.CDLL) -> Iterator[None]:
     """Keep ggml's own lines about loading out of the way: the plugin's one line, or the exception, says it."""
-    callback_type = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
     try:
         get, put = library.ggml_log_get, library.ggml_log_set
     except AttributeError:
@@ -76,9 +78,8 @@ def _ggml_log_silenced(library: ctypes.CDLL) -> Iterator[None]:
         return
     callback, user_data = ctypes.c_void_p(), ctypes.c_void_p()
     get(ctypes.byref(callback), ctypes.byref(user_data))
-    silent = callback_type(lambda level, text, data: None)
-    put(silent, None)
     try:
+        put(_SILENT, None)
         yield
     finally:
         put(callback, user_data)

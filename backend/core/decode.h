@@ -73,10 +73,17 @@ CCQ_CORE int8_t ccq_t_level(uint32_t window, uint32_t multiplier, uint32_t mask,
     return (int8_t)((int)(hash & mask) + (int)(hash >> shift & mask) - offset);
 }
 
-/* The 64 levels from step `first` on of one block's cycle of code bits.  n_bytes <= 24. */
+/* As large as the longest T block: a scale byte and its code bytes. */
+typedef union {
+#define X(STEM, stem, id, weights, bytes) ccq_##stem##_block stem;
+    CCQ_TRELLIS_TYPES(X)
+#undef X
+} ccq_any_t_block;
+
+/* The 64 levels from step `first` on of one block's cycle of code bits. */
 CCQ_CORE void ccq_t_levels(const uint8_t * codes, int n_bytes, int first, int even, int odd, uint32_t multiplier,
                            uint32_t mask, int shift, int offset, int8_t * v) {
-    uint8_t cycle[24 + 4];
+    uint8_t cycle[sizeof(ccq_any_t_block) - 1 + 4];
     memcpy(cycle, codes, (size_t)n_bytes);
     memcpy(cycle + n_bytes, codes, 4); /* the cycle's start again: the last windows wrap around */
     CCQ_UNROLL

@@ -10,17 +10,17 @@
 
 #define CCQ_GROUP 64 /* weights that share one scale */
 
-/* X(STEM, struct stem, GGUF id, weights per block, bytes per block) */
-#define CCQ_TRELLIS_TYPES(X) \
-    X(T1, t1, 33, 128, 17) \
-    X(T1_5, t1_5, 32, 64, 13) \
-    X(T2, t2, 36, 64, 17) \
-    X(T2_5, t2_5, 37, 64, 21) \
-    X(T3, t3, 38, 64, 25)
-#define CCQ_PAPER_TYPES(X) \
-    X(P2, p2, 4, 512, 142) \
-    X(P2_5, p2_5, 5, 256, 82) \
-    X(P2_75, p2_75, 31, 256, 90)
+/* X(STEM, struct stem, GGUF id, weights per block, bytes per block): of one type, and of all of a kind. */
+#define CCQ_TYPE_T1(X) X(T1, t1, 33, 128, 17)
+#define CCQ_TYPE_T1_5(X) X(T1_5, t1_5, 32, 64, 13)
+#define CCQ_TYPE_T2(X) X(T2, t2, 36, 64, 17)
+#define CCQ_TYPE_T2_5(X) X(T2_5, t2_5, 37, 64, 21)
+#define CCQ_TYPE_T3(X) X(T3, t3, 38, 64, 25)
+#define CCQ_TRELLIS_TYPES(X) CCQ_TYPE_T1(X) CCQ_TYPE_T1_5(X) CCQ_TYPE_T2(X) CCQ_TYPE_T2_5(X) CCQ_TYPE_T3(X)
+#define CCQ_TYPE_P2(X) X(P2, p2, 4, 512, 142)
+#define CCQ_TYPE_P2_5(X) X(P2_5, p2_5, 5, 256, 82)
+#define CCQ_TYPE_P2_75(X) X(P2_75, p2_75, 31, 256, 90)
+#define CCQ_PAPER_TYPES(X) CCQ_TYPE_P2(X) CCQ_TYPE_P2_5(X) CCQ_TYPE_P2_75(X)
 #define CCQ_TYPES(X) CCQ_TRELLIS_TYPES(X) CCQ_PAPER_TYPES(X)
 
 /* CCQ_T1: 1.0625 bits per weight */

@@ -10,12 +10,15 @@
 enum {
     CCQ_TRELLIS_LEVELS = 4096, /* windows of 12 bits */
     CCQ_TRELLIS_STATES = 2048, /* the most states between two steps: 12 bits less a stride of 1 */
-    CCQ_TRELLIS_STEPS = 128    /* the longest block */
+    CCQ_TRELLIS_STEPS = 128,   /* the longest block */
+    CCQ_TRELLIS_STRIDE = 4     /* the longest stride */
 };
 
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     CCQ_STATIC_ASSERT(CCQ_##STEM##_WINDOW_BITS == 12 && (weights) <= CCQ_TRELLIS_STEPS, "what the tables are made "    \
-                                                                                        "for");
+                                                                                        "for");                        \
+    CCQ_STATIC_ASSERT(CCQ_##STEM##_STRIDE_EVEN <= CCQ_TRELLIS_STRIDE && CCQ_##STEM##_STRIDE_ODD <= CCQ_TRELLIS_STRIDE, \
+                      "the longest stride");
 CCQ_TRELLIS_TYPES(X)
 #undef X
 

@@ -22,12 +22,15 @@ typedef struct ccq_trellis {
     int8_t level[CCQ_TRELLIS_LEVELS];      /* by window */
     int16_t levels[2][CCQ_TRELLIS_LEVELS]; /* of even and odd steps */
     int16_t scaled[2][CCQ_TRELLIS_LEVELS]; /* CCQ_FACTOR_ONE times that */
-    uint16_t sorted[CCQ_TRELLIS_STATES];   /* scalar: the metrics entering a step, by predecessor */
+    uint16_t sorted[CCQ_TRELLIS_STATES];   /* plain steps: the metrics entering a step, by predecessor */
     uint16_t metric[CCQ_TRELLIS_STEPS + 1]
                    [CCQ_TRELLIS_STATES]; /* [i]: least cost of reaching each state before the i-th step */
 } ccq_trellis;
 
-enum { CCQ_COUPLED_KEPT = 256 };
+enum {
+    CCQ_COUPLED_KEPT = 256,
+    CCQ_COUPLED_WAYS = CCQ_MOST_SURVIVORS << CCQ_TRELLIS_STRIDE /* on from all survivors */
+};
 
 /* Working memory of one encoder thread's searches with coupled errors (coupled.inl).  The reversed trellis passes the
  * same cycles backwards: windows and states have their bits in reverse order, step i is the i-th from the block's end.

@@ -147,13 +147,14 @@ static int32_t trace(search * s, int first, int32_t state) {
         const int32_t mask = states_before(s, t) - 1;
         const int32_t factor = s->factor ? s->factor[t] : CCQ_FACTOR_ONE;
         const uint16_t * metric = trellis->metric[i];
-        int32_t best = INT32_MAX; /* cost << 3 | p: the least of all without a branch, which would be hard to predict */
+        int32_t best = INT32_MAX; /* cost, then p: the least of all without a branch, which would be hard to predict */
         for (int32_t p = 0; p < 1 << stride; p++) {
             const int32_t window = (state << stride) | p;
             const int32_t cost = metric[window & mask] + ccq_step_cost(s->units[t], factor, trellis->level[window]);
-            best = (cost << 3 | p) < best ? cost << 3 | p : best;
+            const int32_t key = cost << CCQ_TRELLIS_STRIDE | p;
+            best = key < best ? key : best;
         }
-        const int32_t window = (state << stride) | (best & 7);
+        const int32_t window = (state << stride) | (best & ((1 << stride) - 1));
         s->window[t] = (uint16_t)window;
         state = window & mask;
     }

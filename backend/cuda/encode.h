@@ -12,6 +12,10 @@ template <class CODE, bool COUPLED> struct encoder {
     using search = search_memory<CODE>;
     using more = typename either<COUPLED, coupled_memory<CODE>, no_memory<CODE>>::type;
     static constexpr int STEPS = CODE::STEPS, EVEN = CODE::EVEN, ODD = CODE::ODD;
+    static constexpr int FIRST = CODE::FIRST, CHOICES = CODE::CHOICES;
+    static constexpr int WAY = FIRST + 7; /* bits of the number of a way on from a survivor */
+    static_assert(CCQ_MOST_SURVIVORS << FIRST == 1 << WAY);
+    static_assert(STEPS * (int64_t)CCQ_METRIC_MAX < (int64_t)1 << (32 - WAY), "costs of coupled searches");
 
     struct memory {
         search s;
@@ -59,12 +63,12 @@ template <class CODE, bool COUPLED> struct encoder {
         CCQ_UNROLL
         for (int i = 0; i < mine::PLACES; i++) {
             const uint32_t * from = (const uint32_t *)(in + (mine::place((int)threadIdx.x, i) << AFTER));
-            int32_t before[mine::WAYS]; /* metric << 3 | p */
+            int32_t before[mine::WAYS]; /* metric << FIRST | p */
             CCQ_UNROLL
             for (int p = 0; p < mine::WAYS; p += 2) {
                 const uint32_t two = from[p / 2];
-                before[p] = ((int32_t)(two & 0xffff) - low) * 8 + p;
-                before[p + 1] = ((int32_t)(two >> 16) - low) * 8 + p + 1;
+                before[p] = ((int32_t)(two & 0xffff) - low) * (1 << FIRST) + p;
+                before[p + 1] = ((int32_t)(two >> 16) - low) * (1 << FIRST) + p + 1;
             }
             CCQ_UNROLL
             for (int r = 0; r < mine::RUNS; r++) {
@@ -73,11 +77,11 @@ template <class CODE, bool COUPLED> struct encoder {
                 for (int p = 0; p < mine::WAYS; p++) {
                     const int32_t error = step.x - level[(i * mine::RUNS + r) * mine::WAYS + p] * unit;
                     const int32_t cost = BOUNDED ? ccq_bounded_cost(error, bound, step.y) : ccq_error_cost(error);
-                    const int32_t sum = before[p] + cost * 8;
+                    const int32_t sum = before[p] + cost * (1 << FIRST);
                     least = sum < least ? sum : least;
                 }
-                choices |= (uint32_t)(least & 7) << (i * mine::RUNS + r) * mine::CHOICE_BITS;
-                const int32_t metric = least >> 3;
+                choices |= (uint32_t)(least & ((1 << FIRST) - 1)) << (i * mine::RUNS + r) * mine::CHOICE_BITS;
+                const int32_t metric = least >> FIRST;
                 out[mine::state((int)threadIdx.x, i, r)] =
                     (uint16_t)(metric < CCQ_METRIC_MAX ? metric : CCQ_METRIC_MAX);
             }
@@ -324,12 +328,12 @@ template <class CODE, bool COUPLED> struct encoder {
         }
         survivors = survivors < keep ? survivors : keep;
         __syncthreads();
-        /* The best way into each; costs are below 2^22, ways below 2^10. */
+        /* The best way into each; costs are below 2^(32 - WAY), ways below 2^WAY. */
         CCQ_UNROLL
         for (int q = 0; q < CHOICES; q++) {
             if (sum[q] <= most && s.slot[to[q]] < (uint32_t)keep) {
                 const uint32_t way = (uint32_t)(q * ENCODE_THREADS) + threadIdx.x;
-                atomicMin(&c.best[s.slot[to[q]]], (uint32_t)cost[q] << 10 | way);
+                atomicMin(&c.best[s.slot[to[q]]], (uint32_t)cost[q] << WAY | way);
             }
         }
         __syncthreads();
@@ -338,9 +342,9 @@ template <class CODE, bool COUPLED> struct encoder {
             if (sum[q] <= most) { s.slot[to[q]] = UINT32_MAX; }
         }
         if ((int)threadIdx.x < survivors) {
-            const uint32_t best = c.best[threadIdx.x], way = best & 1023;
-            c.metric[next][threadIdx.x] = (int32_t)(best >> 10);
-            s.back[t][threadIdx.x] = (uint16_t)(way >> before << 3 | (way & ((1u << before) - 1)));
+            const uint32_t best = c.best[threadIdx.x], way = best & ((1u << WAY) - 1);
+            c.metric[next][threadIdx.x] = (int32_t)(best >> WAY);
+            s.back[t][threadIdx.x] = (uint16_t)(way >> before << FIRST | (way & ((1u << before) - 1)));
         }
         __syncthreads();
         return survivors;
@@ -355,8 +359,8 @@ template <class CODE, bool COUPLED> struct encoder {
         const int shift = shared().shifts[t];
         const int32_t bound = INT16_MAX >> shift;
         for (int i = (int)threadIdx.x / 32; i < n; i += ENCODE_WARPS) {
-            const int parent = s.back[t][i] >> 3;
-            const uint32_t window = (uint32_t)c.state[now][parent] << before | (s.back[t][i] & 7u);
+            const int parent = s.back[t][i] >> FIRST;
+            const uint32_t window = (uint32_t)c.state[now][parent] << before | (s.back[t][i] & ((1u << FIRST) - 1));
             int32_t error = s.step[t].x - CCQ_FACTOR_ONE * CODE::level(reversed(window));
             error = (error < -bound ? -bound : error > bound ? bound : error) * (1 << shift);
             const int16_t *old = far.target[now][parent], *row = shared().rows + t * STEPS;
@@ -401,8 +405,8 @@ template <class CODE, bool COUPLED> struct encoder {
             for (int i = 1; i < n; i++) { best = c.metric[0][i] < c.metric[0][best] ? i : best; }
             CCQ_UNROLL_LITTLE
             for (int i = STEPS - 1; i >= 0; i--) {
-                s.window[i] = s.back[i][best] & 7;
-                best = s.back[i][best] >> 3;
+                s.window[i] = s.back[i][best] & ((1 << FIRST) - 1);
+                best = s.back[i][best] >> FIRST;
             }
             uint32_t from = start;
             CCQ_UNROLL_LITTLE

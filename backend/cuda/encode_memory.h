@@ -13,7 +13,6 @@ enum {
     ENCODE_THREADS = 256,
     ENCODE_WARPS = ENCODE_THREADS / 32,
     THREAD_WAYS = CCQ_TRELLIS_LEVELS / ENCODE_THREADS, /* ways of a step that a thread follows */
-    CHOICES = 8 * CCQ_MOST_SURVIVORS / ENCODE_THREADS, /* ways on from survivors that a thread follows at most */
     COUPLED_BLOCKS = 2                                 /* on a multiprocessor; each has memory of its own */
 };
 
@@ -46,10 +45,14 @@ __device__ __forceinline__ uint32_t block_min(uint32_t value, uint32_t * part) {
     return least;
 }
 
+/* FIRST: bits that hold the first ones of a window, which lead to it.  CHOICES: ways on from survivors that a thread
+ * follows at most. */
 #define CCQ_CODE(STEM, stem, id, weights, bytes)                                                                       \
     struct code_##stem {                                                                                               \
         static constexpr int STEPS = weights, BYTES = bytes;                                                           \
         static constexpr int EVEN = CCQ_##STEM##_STRIDE_EVEN, ODD = CCQ_##STEM##_STRIDE_ODD;                           \
+        static constexpr int FIRST = EVEN > 3 || ODD > 3 ? CCQ_TRELLIS_STRIDE : 3;                                     \
+        static constexpr int CHOICES = (CCQ_MOST_SURVIVORS << FIRST) / ENCODE_THREADS;                                 \
                                                                                                                        \
         static __device__ __forceinline__ int32_t level(uint32_t window) {                                             \
             return ccq_t_level(window, CCQ_##STEM##_MULTIPLIER, CCQ_##STEM##_FIELD_MASK, CCQ_##STEM##_FIELD_SHIFT,     \
@@ -93,12 +96,12 @@ template <class CODE> struct alignas(16) search_memory {
     };
     union {
         uint8_t choice[STEPS][ENCODE_THREADS];    /* the best way's first bits, by step of the pass (`share`) */
-        uint16_t back[STEPS][CCQ_MOST_SURVIVORS]; /* coupled: parent << 3 | the first bits of its window */
+        uint16_t back[STEPS][CCQ_MOST_SURVIVORS]; /* coupled: parent << FIRST | the first bits of its window */
     };
     float x[STEPS], w[STEPS];
     int2 step[STEPS]; /* ccq_step_cost's x and factor, in the order of the pass's steps */
     int16_t factor[STEPS];
-    uint32_t part[4 * ENCODE_WARPS];
+    uint32_t part[CODE::CHOICES * ENCODE_WARPS];
     double power;     /* the error of a block of zeros */
     int32_t improved; /* whether the way found last became the best */
     int32_t more;     /* whether there is another pass to be made */
@@ -121,7 +124,7 @@ template <class CODE> struct coupled_memory {
     uint32_t low[CODE::STEPS / CCQ_LOWER_EVERY]; /* by how much the metrics of `ahead` are to be lowered */
     uint16_t state[2][CCQ_MOST_SURVIVORS];       /* of the survivors before even and odd steps */
     int32_t metric[2][CCQ_MOST_SURVIVORS];
-    uint32_t best[CCQ_MOST_SURVIVORS]; /* cost << 10 | way, of the best way on into a new survivor */
+    uint32_t best[CCQ_MOST_SURVIVORS]; /* cost, then way, of the best way on into a new survivor */
 };
 
 template <class CODE> struct coupled_scratch {

@@ -40,8 +40,8 @@ size_t all_act_bytes(const ggml_tensor & product) {
     return static_cast<size_t>(x.ne[1] * x.ne[2] * x.ne[3]) * ccq::act_bytes(x.ne[0]);
 }
 
-// Quantized activations lie at the end of the work buffer, where no other op reaches (ggml_ccq_kept_size): they stay
-// for the products behind that have the same.
+// Quantized activations lie at the end of the work buffer, where no other op reaches (ggml_ccq_kept_size) but in those
+// that take all of it: they stay for the products behind that have the same.
 unsigned char * act_of(const ggml_tensor & product, void * buffer, size_t size) {
     const uintptr_t end = reinterpret_cast<uintptr_t>(buffer) + size;
     return reinterpret_cast<unsigned char *>((end - all_act_bytes(product)) / 64 * 64);
@@ -50,6 +50,11 @@ unsigned char * act_of(const ggml_tensor & product, void * buffer, size_t size) 
 bool overlap(const ggml_tensor & a, const ggml_tensor & b) {
     const auto begin_a = reinterpret_cast<uintptr_t>(a.data), begin_b = reinterpret_cast<uintptr_t>(b.data);
     return begin_a < begin_b + ggml_nbytes(&b) && begin_b < begin_a + ggml_nbytes(&a);
+}
+
+// Convolutions clear the whole work buffer, or make their batches as large as it is.  By name: trees have more or fewer.
+bool takes_all(const ggml_tensor & node) {
+    return strncmp(ggml_op_name(node.op), "CONV_", 5) == 0;
 }
 
 // Whether the last product of ours before this one had the same activations, and nothing was written there since.  By
@@ -62,8 +67,8 @@ bool is_quantized(ggml_tensor * const * nodes, int at) {
         if (op_class == OpClass::View || ggml_is_empty(&node)) {
             continue;
         }
-        if (op_class == OpClass::ForeignCustom || overlap(node, x)) { // a user's function: no telling what it writes
-            return false;
+        if (op_class == OpClass::ForeignCustom || takes_all(node) || overlap(node, x)) {
+            return false; // a user's function: no telling what it writes
         }
         if (is_product(node)) {
             const ggml_tensor & y = *node.src[1];

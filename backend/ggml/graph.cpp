@@ -106,17 +106,22 @@ void GraphCopy::add_own(const abi::tensor & node, OpClass op_class) {
     forget_overwritten(node, op_class);
 }
 
+// ggml skips a node without elements: what was to prepare for it would not run either.
+static bool is_ours(OpClass op_class, const abi::tensor & node) {
+    return is_own_node(op_class, node) && std::all_of(node.ne, node.ne + 4, [](int64_t n) { return n > 0; });
+}
+
 // Sizes everything that the graph's nodes will share: nothing may move once a node points at it.
 void GraphCopy::reserve(const abi::tensor * const * nodes, int n_nodes) {
     size_t all_act_bytes = 0, experts = 0, pairs = 0;
     own_nodes_ = 0;
     for (int i = 0; i < n_nodes; i++) {
         const abi::tensor & node = *nodes[i];
-        if (!is_own_node(host_.classify(node.op), node)) {
+        const OpClass op_class = host_.classify(node.op);
+        if (!is_ours(op_class, node)) {
             continue;
         }
         own_nodes_++;
-        const OpClass op_class = host_.classify(node.op);
         if (op_class == OpClass::GetRows) {
             continue;
         }
@@ -174,7 +179,7 @@ abi::cgraph * GraphCopy::rewrite(const abi::cgraph * graph) {
     routing_ = {};
     for (int i = 0; i < n_nodes; i++) {
         const OpClass op_class = host_.classify(nodes[i]->op);
-        if (is_own_node(op_class, *nodes[i])) {
+        if (is_ours(op_class, *nodes[i])) {
             add_own(*nodes[i], op_class);
         } else {
             nodes_.push_back(nodes[i]);

@@ -136,6 +136,9 @@ void check_type_tables(const Host & host) {
                 rows_cpu[1].vec_dot_type == 1 && rows_cpu[abi::kTypeF32].vec_dot_type == abi::kTypeF32,
             "type_traits_cpu");
     for (const TypeRow & type : kTypeRows) {
+        if (abi::host_type(type.id) < 0) {
+            continue;
+        }
         const auto & row = rows[type.id];
         const auto & row_cpu = rows_cpu[type.id];
         if (row.type_name && strncmp(row.type_name, "ccq_", 4) == 0) {

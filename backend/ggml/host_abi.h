@@ -27,10 +27,11 @@ constexpr int32_t kTypeQ8_0 = 8;
 constexpr int32_t kTypeI32 = 26;
 constexpr int32_t kTypeBF16 = 30;
 
-// Types are numbered in memory as they are in files.
-constexpr int32_t kMaxTypes = 64;
+// Types are numbered in memory as they are in files: -1 for one beyond the rows that every ggml has, which cannot be
+// added to its tables.
+constexpr int32_t kMaxTypes = 40;
 constexpr int32_t host_type(int32_t gguf_id) {
-    return gguf_id;
+    return gguf_id < kMaxTypes ? gguf_id : -1;
 }
 
 // enum ggml_status

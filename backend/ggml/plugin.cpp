@@ -71,6 +71,9 @@ void * reg_proc_address(abi::reg *, const char *) {
 
 void patch_tables(const Host & host, Patches & patches) {
     for (const TypeRow & type : kTypeRows) {
+        if (abi::host_type(type.id) < 0) {
+            continue;
+        }
         patches.write(*host.get_type_traits(type.id), traits_row(type));
         patches.write(*host.get_type_traits_cpu(type.id), traits_cpu_row(type));
     }

@@ -73,7 +73,9 @@ const TypeRow * find_type(int32_t type) {
     static const auto by_type = [] {
         std::array<const TypeRow *, abi::kMaxTypes> rows{};
         for (const TypeRow & row : kTypeRows) {
-            rows[static_cast<size_t>(abi::host_type(row.id))] = &row;
+            if (abi::host_type(row.id) >= 0) {
+                rows[static_cast<size_t>(abi::host_type(row.id))] = &row;
+            }
         }
         return rows;
     }();

@@ -1,4 +1,4 @@
-// The eight types: what ggml's two tables say of them.  Shared by the plugin and the source integration.
+// Our types: what ggml's two tables say of them.  Shared by the plugin and the source integration.
 #pragma once
 
 #include "host_abi.h"

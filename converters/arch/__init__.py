@@ -1,59 +1,35 @@
 """Model families: which Hugging Face architectures can be converted, and how.
 
-A family is a ``Spec``: data, composed of the blocks that its layers have in common with others.
+A family is a ``Spec``: data, composed of the blocks that its layers have in common with others.  Every ``Spec`` with a
+public name in a module of this package is one.
 """
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from pathlib import Path
 
 from ccq_format.errors import ModelError
 
 from .base import Family, Spec
-from .cohere import COHERE2
 from .config import Config
-from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from .ernie import ERNIE4_5, ERNIE4_5_MOE
-from .gemma import GEMMA3
-from .glm import GLM4, GLM4_MOE
-from .gpt_oss import GPT_OSS
-from .llama import GRANITE, LLAMA, MISTRAL, MIXTRAL, SMOLLM3
-from .llama4 import LLAMA4
+from .ernie import ERNIE4_5
 from .multimodal import WRAPPERS
-from .olmo import OLMO2, OLMOE
-from .phi import PHI3
-from .qwen import QWEN2, QWEN3, QWEN3_MOE
-from .qwen_next import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
-FAMILIES: dict[str, Spec] = {
-    spec.architecture: spec
-    for spec in (
-        LLAMA,
-        MISTRAL,
-        MIXTRAL,
-        LLAMA4,
-        SMOLLM3,
-        GRANITE,
-        QWEN2,
-        QWEN3,
-        QWEN3_MOE,
-        QWEN3_NEXT,
-        QWEN3_5,
-        QWEN3_5_MOE,
-        GEMMA3,
-        PHI3,
-        OLMO2,
-        OLMOE,
-        GLM4,
-        GLM4_MOE,
-        COHERE2,
-        ERNIE4_5,
-        ERNIE4_5_MOE,
-        GPT_OSS,
-        DEEPSEEK_V2,
-        DEEPSEEK_V3,
-    )
-}
+
+def _families() -> dict[str, Spec]:
+    found: dict[str, Spec] = {}
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        for name, spec in vars(import_module(module.name)).items():
+            if not isinstance(spec, Spec) or name.startswith("_"):
+                continue
+            if found.setdefault(spec.architecture, spec) != spec:
+                raise ValueError(f"two families for {spec.architecture}")
+    return found
+
+
+FAMILIES = _families()
 """Hugging Face architecture name -> family."""
 
 _SPECS = FAMILIES | {spec.base_architecture: spec for spec in FAMILIES.values()} | {"Ernie4_5_ForCausalLM": ERNIE4_5}

@@ -78,7 +78,7 @@ def _write_sections(family: Family, writer: gguf.GGUFWriter) -> None:
     writer.add_rope_dimension_sections(_sections(family))
 
 
-QWEN2_VL = replace(
+_QWEN2_VL = replace(
     QWEN2,
     architecture="Qwen2VLForConditionalGeneration",
     model_arch=gguf.MODEL_ARCH.QWEN2VL,
@@ -92,7 +92,7 @@ QWEN2_VL = replace(
 """Text has the same position in time, height and width, for which its values are rotated as Qwen 2's.  llama.cpp
 (ggml 0.25.3) reads no epsilon of the norms for this architecture and takes 0; the published models have 1e-6."""
 
-MISTRAL3 = replace(MISTRAL, model_arch=gguf.MODEL_ARCH.MISTRAL3)
+_MISTRAL3 = replace(MISTRAL, model_arch=gguf.MODEL_ARCH.MISTRAL3)
 
 _GEMMA3_SIZES = {"vocab_size": 262208, "num_attention_heads": 8, "max_position_embeddings": 131072}
 _LLAMA_SIZES = {
@@ -109,10 +109,12 @@ WRAPPERS: dict[str, Wrapper] = {
     for wrapper in (
         Wrapper("Gemma3ForConditionalGeneration", {"gemma3_text": GEMMA3}, tied=True, defaults=_GEMMA3_SIZES),
         Wrapper("Llama4ForConditionalGeneration", {"llama4_text": LLAMA4}),
-        Wrapper("Mistral3ForConditionalGeneration", {"mistral": MISTRAL3}),
+        Wrapper("Mistral3ForConditionalGeneration", {"mistral": _MISTRAL3}),
         Wrapper("LlavaForConditionalGeneration", {"llama": LLAMA}, defaults=_LLAMA_SIZES),
-        Wrapper("Qwen2VLForConditionalGeneration", {"qwen2_vl_text": QWEN2_VL, "qwen2_vl": QWEN2_VL}, flat=True),
-        Wrapper("Qwen2_5_VLForConditionalGeneration", {"qwen2_5_vl_text": QWEN2_VL, "qwen2_5_vl": QWEN2_VL}, flat=True),
+        Wrapper("Qwen2VLForConditionalGeneration", {"qwen2_vl_text": _QWEN2_VL, "qwen2_vl": _QWEN2_VL}, flat=True),
+        Wrapper(
+            "Qwen2_5_VLForConditionalGeneration", {"qwen2_5_vl_text": _QWEN2_VL, "qwen2_5_vl": _QWEN2_VL}, flat=True
+        ),
         Wrapper("Qwen3_5ForConditionalGeneration", {"qwen3_5_text": QWEN3_5}),
         Wrapper("Qwen3_5MoeForConditionalGeneration", {"qwen3_5_moe_text": QWEN3_5_MOE}),
     )

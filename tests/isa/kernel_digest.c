@@ -56,7 +56,7 @@ static void random_bytes(uint8_t * out, size_t n) {
 static void make_sane(const ccq_type_info * type, uint8_t * block) {
     const uint16_t super_scale = 0x3c12; /* bfloat16 0.0089 */
     const float code_scale = 113.7f, code_zp = 21.3f;
-    if (ccq_type_index(type->gguf_id) <= CCQ_INDEX_T3) {
+    if (ccq_type_index(type->gguf_id) < CCQ_FIRST_PAPER_INDEX) {
         block[0] = (uint8_t)(150 + block[0] % 70);
         return;
     }
@@ -201,7 +201,7 @@ static void decode_and_multiply(const ccq_type_info * type, int n_blocks) {
 
 static void encode(const ccq_type_info * type) {
     const int stock = ccq_stock_type(type->gguf_id) != NULL;
-    const int trellis = !stock && ccq_type_index(type->gguf_id) <= CCQ_INDEX_T3;
+    const int trellis = !stock && ccq_type_index(type->gguf_id) < CCQ_FIRST_PAPER_INDEX;
     const int n_blocks = stock ? 8 : trellis ? 3 : 1, n = n_blocks * type->block_weights;
     const size_t bytes = (size_t)(ENCODE_ROWS * n_blocks * type->block_bytes);
     ccq_encode_params params = {.n_threads = 1};
@@ -277,7 +277,7 @@ static int run_set(const char * name) {
         random_state = 1000 + t;
         for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) { decode_and_multiply(type, sizes[i]); }
         encode(type);
-        if (ccq_type_index(ids[t]) <= CCQ_INDEX_T3) { viterbi(kernels, type); }
+        if (ccq_type_index(ids[t]) < CCQ_FIRST_PAPER_INDEX) { viterbi(kernels, type); }
         fflush(stdout);
     }
     static const int32_t stock[] = {2, 6, 20};

@@ -16,6 +16,8 @@ from ccq_format.layouts import GROUP, LAYOUTS, Layout, TrellisCode
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
+IN_GGML = [layout for layout in LAYOUTS if layout.gguf_id < 40]
+"""The types that the plugin adds to ggml: those for which its tables have a row."""
 T_LAYOUTS = [layout for layout in LAYOUTS if isinstance(layout.code, TrellisCode)]
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -5,8 +5,6 @@
 #include "paper.h"
 #include "trellis.h"
 
-#define CCQ_HAVE_GROUPS
-
 CCQ_INLINE void value_levels(const __m256i value[4], int offset, int8_t * v) {
     const __m256i middle = _mm256_set1_epi16((short)offset);
     for (int i = 0; i < 4; i += 2) {
@@ -24,11 +22,11 @@ CCQ_INLINE void value_levels(const __m256i value[4], int offset, int8_t * v) {
         return scale;                                                                                                  \
     }
 #define X(STEM, stem, id, weights, bytes) CCQ_FAST_GROUP(stem, CCQ_##STEM##_LEVEL_OFFSET, ccq_t_scale(block[0]))
-CCQ_TRELLIS_TYPES(X)
+CCQ_OWN_TRELLIS_TYPES(X)
 #undef X
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     CCQ_FAST_GROUP(stem, CCQ_##STEM##_ZERO_POINT, ccq_group_scale_##stem(block, group))
-CCQ_PAPER_TYPES(X)
+CCQ_OWN_PAPER_TYPES(X)
 #undef X
 #undef CCQ_FAST_GROUP
 

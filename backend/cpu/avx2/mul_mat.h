@@ -16,7 +16,7 @@ CCQ_INLINE void row_pointers(const ccq_product * p, const uint8_t * last, int64_
 #include "panel.h"
 #include "vector.h"
 
-/* Rows have at most 3.125 bits a weight; a product's last one is copied, since blocks are loaded beyond their end. */
+/* Rows have at most 4 bits a weight; a product's last one is copied, since blocks are loaded beyond their end. */
 static size_t copied_row_bytes(int64_t n) { return ((size_t)(n / 2 + 2 * ROW_OVERREAD) + 63) & ~(size_t)63; }
 
 static size_t work_bytes(int64_t n, int64_t n_cols) {
@@ -59,8 +59,9 @@ CCQ_INLINE void mul_mat(int type, const ccq_product * p) {
 }
 
 #define X(STEM, stem, id, weights, bytes)                                                                              \
+    CCQ_STATIC_ASSERT((bytes) * 2 <= (weights), "copied_row_bytes: at most 4 bits a weight");                          \
     static void mul_mat_##stem(const ccq_product * p) { mul_mat(CCQ_INDEX_##STEM, p); }
-CCQ_TYPES(X)
+CCQ_OWN_TYPES(X)
 #undef X
 
 #endif

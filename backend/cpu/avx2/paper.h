@@ -10,6 +10,9 @@
 
 #include "../generic/inline.h"
 
+/* The types that are done here. */
+#define CCQ_OWN_PAPER_TYPES(X) CCQ_TYPE_P2(X) CCQ_TYPE_P2_5(X) CCQ_TYPE_P2_75(X)
+
 /* Weight t of a group is a window of word t / n at shift[t % n]. */
 #define CCQ_WORD(t, n, from) (char)(2 * ((t) / (n)) - (from)), (char)(2 * ((t) / (n)) + 1 - (from))
 #define CCQ_OCTET(X, t, ...)                                                                                           \

@@ -11,6 +11,9 @@
 
 #include "../generic/inline.h"
 
+/* The types that are done here. */
+#define CCQ_OWN_TRELLIS_TYPES(X) CCQ_TYPE_T1(X) CCQ_TYPE_T1_5(X) CCQ_TYPE_T2(X) CCQ_TYPE_T2_5(X) CCQ_TYPE_T3(X)
+
 /* What 16 windows need: their bytes, four to a pair, from a register that starts at byte `from` of the cycle (`wrap`
  * bytes long, or 16 where it cannot wrap), and the shifts.  `pair` is the stride of two steps, `even` of the first. */
 #define CCQ_BYTE(i, b, pair, from, wrap) (char)((((i) * (pair) >> 3) + (b) + (from)) % (wrap))
@@ -111,7 +114,7 @@ CCQ_INLINE void values_t3(const uint8_t * block, int group, __m256i out[4]) {
 
 #define CCQ_MASK_7F7F(STEM, stem, id, weights, bytes)                                                                  \
     CCQ_STATIC_ASSERT(CCQ_##STEM##_FIELD_MASK == 0x7f && CCQ_##STEM##_FIELD_SHIFT == 8, "the mask 0x7f7f");
-CCQ_TRELLIS_TYPES(CCQ_MASK_7F7F)
+CCQ_OWN_TRELLIS_TYPES(CCQ_MASK_7F7F)
 #undef CCQ_MASK_7F7F
 
 #endif

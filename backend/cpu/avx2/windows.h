@@ -33,18 +33,22 @@
 
 /* Constants by type; `type` is one wherever it occurs. */
 #define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = bytes,
-static const int block_bytes[CCQ_TYPE_COUNT] = {CCQ_TYPES(X)};
+static const int block_bytes[CCQ_TYPE_COUNT] = {CCQ_OWN_TYPES(X)};
 #undef X
 #define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = CCQ_##STEM##_GROUPS,
-static const int block_groups[CCQ_TYPE_COUNT] = {CCQ_TYPES(X)};
+static const int block_groups[CCQ_TYPE_COUNT] = {CCQ_OWN_TYPES(X)};
 #undef X
 #define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = CCQ_##STEM##_LEVEL_OFFSET,
-static const int level_offset[CCQ_TYPE_COUNT] = {CCQ_TRELLIS_TYPES(X)
+static const int level_offset[CCQ_TYPE_COUNT] = {CCQ_OWN_TRELLIS_TYPES(X)
 #undef X
 #define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = CCQ_##STEM##_ZERO_POINT,
-                                                     CCQ_PAPER_TYPES(X)
+                                                     CCQ_OWN_PAPER_TYPES(X)
 #undef X
 };
+
+#define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = CCQ_##STEM##_MULTIPLIER,
+static const uint32_t hash_multiplier[CCQ_TYPE_COUNT] = {CCQ_OWN_TRELLIS_TYPES(X)};
+#undef X
 
 CCQ_INLINE int is_trellis(int type) { return type < CCQ_FIRST_PAPER_INDEX; }
 
@@ -93,40 +97,50 @@ CCQ_INLINE __m256i lanes_from(__m256i dwords, int even, int odd, int apart) {
     return _mm256_blend_epi16(_mm256_srlv_epi32(dwords, right), _mm256_sllv_epi32(dwords, left), 0xaa);
 }
 
-/* base[0..3], as window() takes them. */
-CCQ_INLINE void trellis_bases(int type, const uint8_t * const * block, int group, __m256i base[4]) {
-    const uint8_t * codes = block[0] + 1;
-    if (type == CCQ_INDEX_T1) {
-        const __m256i second_group = _mm256_set1_epi8((char)(8 * group)); /* its bits start at byte 8 */
-        const __m256i pairs = _mm256_setr_epi8(0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 0, 1, 1, 2, 2, 3, 3, 4,
-                                               4, 5, 5, 6, 6, 7, 7, 8);
-        const __m256i byte_on = _mm256_setr_epi8(1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 1, 2, 2, 3, 3, 4, 4, 5,
-                                                 5, 6, 6, 7, 7, 8, 8, 9);
-        const __m256i cycles = two_parts(codes, block[1] + 1);
-        base[0] = _mm256_shuffle_epi8(cycles, _mm256_xor_si256(pairs, second_group));
-        const __m256i next = _mm256_shuffle_epi8(cycles, _mm256_xor_si256(byte_on, second_group));
-        base[1] = _mm256_or_si256(_mm256_srli_epi16(base[0], 3), _mm256_slli_epi16(next, 5));
-    } else if (type == CCQ_INDEX_T1_5) {
-        const __m256i cycle = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codes));
-        base[0] = lanes_from(_mm256_shuffle_epi8(cycle, CCQ_DWORDS(12, 0, 12, 0)), 0, 4, 6);
-    } else if (type == CCQ_INDEX_T2) {
-        const __m256i byte_on = _mm256_setr_epi8(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6,
-                                                 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
-        base[0] = two_parts(codes, block[1] + 1);
-        base[1] = _mm256_shuffle_epi8(base[0], byte_on);
-        base[2] = _mm256_or_si256(_mm256_srli_epi16(base[0], 2), _mm256_slli_epi16(base[1], 6));
-        base[3] = _mm256_shuffle_epi8(base[2], byte_on);
-    } else if (type == CCQ_INDEX_T2_5) {
-        const __m256i cycle = long_cycle(codes, 4);
-        base[0] = lanes_from(_mm256_shuffle_epi8(cycle, CCQ_DWORDS(20, 0, 20, 4)), 0, 4, 10);
-        base[1] = lanes_from(_mm256_shuffle_epi8(cycle, CCQ_DWORDS(20, 5, 20, 4)), 5, 1, 10);
-    } else { /* T3's dwords all start at bytes: shifts are the same for all of them */
-        const __m256i cycle = long_cycle(codes, 8);
-        const __m256i first = _mm256_shuffle_epi8(cycle, CCQ_DWORDS(24, 0, 24, 8));
-        const __m256i next = _mm256_shuffle_epi8(cycle, CCQ_DWORDS(24, 8, 24, 8)); /* first ends a bit too early */
-        base[0] = _mm256_blend_epi16(first, _mm256_slli_epi32(first, 4), 0xaa);
-        base[1] = _mm256_blend_epi16(_mm256_srli_epi32(first, 6), _mm256_slli_epi32(next, 6), 0xaa);
-    }
+/* base[0..3], as window() takes them; a listed type without such a function does not compile. */
+CCQ_INLINE void bases_t1(const uint8_t * const * block, int group, __m256i base[4]) {
+    const __m256i second_group = _mm256_set1_epi8((char)(8 * group)); /* its bits start at byte 8 */
+    const __m256i pairs = _mm256_setr_epi8(0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5,
+                                           5, 6, 6, 7, 7, 8);
+    const __m256i byte_on = _mm256_setr_epi8(1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 1, 2, 2, 3, 3, 4, 4, 5, 5,
+                                             6, 6, 7, 7, 8, 8, 9);
+    const __m256i cycles = two_parts(block[0] + 1, block[1] + 1);
+    base[0] = _mm256_shuffle_epi8(cycles, _mm256_xor_si256(pairs, second_group));
+    const __m256i next = _mm256_shuffle_epi8(cycles, _mm256_xor_si256(byte_on, second_group));
+    base[1] = _mm256_or_si256(_mm256_srli_epi16(base[0], 3), _mm256_slli_epi16(next, 5));
+}
+
+CCQ_INLINE void bases_t1_5(const uint8_t * const * block, int group, __m256i base[4]) {
+    (void)group;
+    const __m256i cycle = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(block[0] + 1)));
+    base[0] = lanes_from(_mm256_shuffle_epi8(cycle, CCQ_DWORDS(12, 0, 12, 0)), 0, 4, 6);
+}
+
+CCQ_INLINE void bases_t2(const uint8_t * const * block, int group, __m256i base[4]) {
+    (void)group;
+    const __m256i byte_on = _mm256_setr_epi8(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7,
+                                             8, 9, 10, 11, 12, 13, 14, 15, 0);
+    base[0] = two_parts(block[0] + 1, block[1] + 1);
+    base[1] = _mm256_shuffle_epi8(base[0], byte_on);
+    base[2] = _mm256_or_si256(_mm256_srli_epi16(base[0], 2), _mm256_slli_epi16(base[1], 6));
+    base[3] = _mm256_shuffle_epi8(base[2], byte_on);
+}
+
+CCQ_INLINE void bases_t2_5(const uint8_t * const * block, int group, __m256i base[4]) {
+    (void)group;
+    const __m256i cycle = long_cycle(block[0] + 1, 4);
+    base[0] = lanes_from(_mm256_shuffle_epi8(cycle, CCQ_DWORDS(20, 0, 20, 4)), 0, 4, 10);
+    base[1] = lanes_from(_mm256_shuffle_epi8(cycle, CCQ_DWORDS(20, 5, 20, 4)), 5, 1, 10);
+}
+
+/* T3's dwords all start at bytes: shifts are the same for all of them. */
+CCQ_INLINE void bases_t3(const uint8_t * const * block, int group, __m256i base[4]) {
+    (void)group;
+    const __m256i cycle = long_cycle(block[0] + 1, 8);
+    const __m256i first = _mm256_shuffle_epi8(cycle, CCQ_DWORDS(24, 0, 24, 8));
+    const __m256i next = _mm256_shuffle_epi8(cycle, CCQ_DWORDS(24, 8, 24, 8)); /* first ends a bit too early */
+    base[0] = _mm256_blend_epi16(first, _mm256_slli_epi32(first, 4), 0xaa);
+    base[1] = _mm256_blend_epi16(_mm256_srli_epi32(first, 6), _mm256_slli_epi32(next, 6), 0xaa);
 }
 
 /* The windows of vector i. */
@@ -147,22 +161,18 @@ CCQ_INLINE __m256i window(int type, const __m256i base[4], int i) {
         from = base[i >> 1];
         at = (i & 1) * 2;
         break;
-    default:
+    case CCQ_INDEX_T3:
         from = base[i >> 1];
         at = (i & 1) * 3;
         break;
+    default: break;
     }
     if (at != 0) { from = _mm256_srli_epi16(from, at); }
     return at == 4 ? from : _mm256_and_si256(from, _mm256_set1_epi16(0xfff));
 }
 
 CCQ_INLINE __m256i hashes(int type, const __m256i base[4], int i) {
-    const int multiplier = type == CCQ_INDEX_T1     ? CCQ_T1_MULTIPLIER
-                           : type == CCQ_INDEX_T1_5 ? CCQ_T1_5_MULTIPLIER
-                           : type == CCQ_INDEX_T2   ? CCQ_T2_MULTIPLIER
-                           : type == CCQ_INDEX_T2_5 ? CCQ_T2_5_MULTIPLIER
-                                                    : CCQ_T3_MULTIPLIER;
-    const __m256i hash = _mm256_mullo_epi16(window(type, base, i), _mm256_set1_epi16((short)multiplier));
+    const __m256i hash = _mm256_mullo_epi16(window(type, base, i), _mm256_set1_epi16((short)hash_multiplier[type]));
     return _mm256_and_si256(hash, _mm256_set1_epi16(0x7f7f));
 }
 
@@ -177,13 +187,24 @@ CCQ_INLINE __m256i p2_lanes(const uint8_t * block, int group) {
                               0xaa);
 }
 
+CCQ_INLINE void bases_p2(const uint8_t * const * block, int group, __m256i base[4]) {
+    base[0] = p2_lanes(block[0], group);
+}
+CCQ_INLINE void bases_p2_5(const uint8_t * const * block, int group, __m256i base[4]) {
+    values_p2_5(block[0], group, base);
+}
+CCQ_INLINE void bases_p2_75(const uint8_t * const * block, int group, __m256i base[4]) {
+    values_p2_75(block[0], group, base);
+}
+
 /* A group of a unit's rows, of which vectors are then taken one after the other. */
 CCQ_INLINE void unit_bases(int type, const uint8_t * const * block, int group, __m256i base[4]) {
     switch (type) {
-    case CCQ_INDEX_P2: base[0] = p2_lanes(block[0], group); break;
-    case CCQ_INDEX_P2_5: values_p2_5(block[0], group, base); break;
-    case CCQ_INDEX_P2_75: values_p2_75(block[0], group, base); break;
-    default: trellis_bases(type, block, group, base); break;
+#define X(STEM, stem, id, weights, bytes)                                                                              \
+    case CCQ_INDEX_##STEM: bases_##stem(block, group, base); break;
+        CCQ_OWN_TYPES(X)
+#undef X
+    default: break;
     }
 }
 
@@ -196,9 +217,10 @@ CCQ_INLINE __m256i unit_values(int type, const __m256i base[4], int i) {
 
 CCQ_INLINE float group_scale(int type, const uint8_t * block, int group) {
     switch (type) {
-    case CCQ_INDEX_P2: return ccq_group_scale_p2(block, group);
-    case CCQ_INDEX_P2_5: return ccq_group_scale_p2_5(block, group);
-    case CCQ_INDEX_P2_75: return ccq_group_scale_p2_75(block, group);
+#define X(STEM, stem, id, weights, bytes)                                                                              \
+    case CCQ_INDEX_##STEM: return ccq_group_scale_##stem(block, group);
+        CCQ_OWN_PAPER_TYPES(X)
+#undef X
     default: return trellis_scales[block[0]];
     }
 }

@@ -5,7 +5,6 @@
 #include "../avx2/paper.h"
 #include "trellis.h"
 
-#define CCQ_HAVE_GROUPS
 #define CCQ_HAVE_DECODE
 
 #define X(STEM, stem, id, weights, bytes)                                                                              \
@@ -18,7 +17,7 @@
         (void)group;                                                                                                   \
         return trellis_scales[block[0]];                                                                               \
     }
-CCQ_TRELLIS_TYPES(X)
+CCQ_OWN_TRELLIS_TYPES(X)
 #undef X
 
 CCQ_INLINE __m512i pack_values(const __m256i value[4]) {
@@ -35,7 +34,7 @@ CCQ_INLINE __m512i pack_values(const __m256i value[4]) {
         return pack_values(value);                                                                                     \
     }                                                                                                                  \
     CCQ_INLINE float scale_##stem(const uint8_t * block, int group) { return ccq_group_scale_##stem(block, group); }
-CCQ_PAPER_TYPES(X)
+CCQ_OWN_PAPER_TYPES(X)
 #undef X
 
 /* Memory is asked for while what came before it is multiplied, into the second-level cache: a first-level one has too
@@ -78,7 +77,7 @@ CCQ_INLINE void store_levels(__m512i levels, __mmask16 some, __m512 scale, float
             }                                                                                                          \
         }                                                                                                              \
     }
-CCQ_TRELLIS_TYPES(X)
+CCQ_OWN_TRELLIS_TYPES(X)
 #undef X
 
 /* ccq_group_weights, 16 at a time. */
@@ -102,7 +101,7 @@ CCQ_INLINE void store_weights(__m128i levels, int offset, float scale, float * o
             }                                                                                                          \
         }                                                                                                              \
     }
-CCQ_PAPER_TYPES(X)
+CCQ_OWN_PAPER_TYPES(X)
 #undef X
 
 #endif

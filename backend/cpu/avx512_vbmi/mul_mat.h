@@ -83,7 +83,7 @@ CCQ_INLINE void row_pointers(const ccq_product * p, const copied_rows * last, in
         }                                                                                                              \
     }
 #define X(STEM, stem, id, weights, bytes) CCQ_MUL_MAT(stem, p->n / (weights) * (bytes), OFFSET_##STEM)
-CCQ_TYPES(X)
+CCQ_OWN_TYPES(X)
 #undef X
 
 #endif

@@ -193,6 +193,6 @@ static void multiply_panel(const ccq_product * product, const panel * p, int64_t
             for (int i = 0; i < 16; i++) { _mm512_store_si512(levels + 64 * i, v[i]); }                                \
         }                                                                                                              \
     }
-CCQ_TYPES(CCQ_DECODE_SET)
+CCQ_OWN_TYPES(CCQ_DECODE_SET)
 
 #endif

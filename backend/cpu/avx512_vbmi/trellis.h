@@ -15,6 +15,9 @@
 #include "../avx2/scales.h"
 #include "../generic/inline.h"
 
+/* The types that are done here; all that the assertions below let pass may be. */
+#define CCQ_OWN_TRELLIS_TYPES(X) CCQ_TYPE_T1(X) CCQ_TYPE_T1_5(X) CCQ_TYPE_T2(X) CCQ_TYPE_T2_5(X) CCQ_TYPE_T3(X)
+
 /* Where window w starts, in bits; the bytes of the four windows from w on, of a block of 1 scale byte and n code
  * bytes; their shifts from the first of these bytes, for both bytes of each. */
 #define CCQ_AT(even, odd, w) ((w) / 2 * ((even) + (odd)) + ((w) & 1) * (even))
@@ -64,13 +67,13 @@ typedef struct {
                    CCQ_##STEM##_CODE_BITS / 8);                                                                        \
     CCQ_STATIC_ASSERT(CCQ_##STEM##_FIELD_MASK == 0x7f && CCQ_##STEM##_FIELD_SHIFT == 8, "the mask 0x7f7f");            \
     CCQ_STATIC_ASSERT(CCQ_##STEM##_LEVEL_OFFSET == CCQ_T2_LEVEL_OFFSET && (bytes) <= 32, "one offset, one load");
-CCQ_TRELLIS_TYPES(X)
+CCQ_OWN_TRELLIS_TYPES(X)
 #undef X
 
 /* Blocks are loaded as 32 bytes: up to this much behind a row's end, which is within the two rows behind it. */
 enum { ROW_OVERREAD = 32 };
 #define X(STEM, stem, id, weights, bytes) CCQ_STATIC_ASSERT(3 * (bytes) >= ROW_OVERREAD, "two rows copied are enough");
-CCQ_TYPES(X)
+CCQ_OWN_TYPES(X)
 #undef X
 
 typedef struct {

@@ -123,7 +123,7 @@ CCQ_INLINE void expand_runs(const int8_t * q, const float * d, int64_t n_runs, i
             }                                                                                                          \
         }                                                                                                              \
     }
-CCQ_TRELLIS_TYPES(CCQ_TRELLIS_ROWS)
+CCQ_OWN_TRELLIS_TYPES(CCQ_TRELLIS_ROWS)
 
 #define CCQ_PAPER_ROWS(STEM, stem, id, weights, bytes)                                                                 \
     CCQ_INLINE void groups_##stem(const uint8_t * const * row, int n_rows, const column * col, int n_cols,             \
@@ -145,7 +145,7 @@ CCQ_TRELLIS_TYPES(CCQ_TRELLIS_ROWS)
             }                                                                                                          \
         }                                                                                                              \
     }
-CCQ_PAPER_TYPES(CCQ_PAPER_ROWS)
+CCQ_OWN_PAPER_TYPES(CCQ_PAPER_ROWS)
 
 /* --- runs --------------------------------------------------------------------------------------------------------- */
 
@@ -168,7 +168,7 @@ CCQ_PAPER_TYPES(CCQ_PAPER_ROWS)
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     CCQ_RUN_TABLE(stem, CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_CODE_BITS / 8, bytes,          \
                   RUN_LANES / RUN_BLOCKS(bytes), (weights) * RUN_BLOCKS(bytes) / RUN_LANES)
-CCQ_TRELLIS_TYPES(X)
+CCQ_OWN_TRELLIS_TYPES(X)
 #undef X
 
 CCQ_INLINE __m512i round_shifts(int even, int odd, int round) {
@@ -229,7 +229,7 @@ CCQ_INLINE void run_rows(const uint8_t * const * row, int n_rows, const column *
         run_rows(row, n_rows, col, n_cols, n_runs, RUN_GROUPS(weights, bytes), RUN_BLOCKS(bytes), bytes,               \
                  run_bytes_##stem, CCQ_##STEM##_STRIDE_EVEN, CCQ_##STEM##_STRIDE_ODD, CCQ_##STEM##_MULTIPLIER, acc);   \
     }
-CCQ_TRELLIS_TYPES(X)
+CCQ_OWN_TRELLIS_TYPES(X)
 #undef X
 
 /* --- from rows to products ------------------------------------------------------------------------------------------
@@ -264,10 +264,10 @@ CCQ_TRELLIS_TYPES(X)
         }                                                                                                              \
     }
 #define X(STEM, stem, id, weights, bytes) CCQ_VECTOR(stem, RUN_GROUPS(weights, bytes), runs_##stem)
-CCQ_TRELLIS_TYPES(X)
+CCQ_OWN_TRELLIS_TYPES(X)
 #undef X
 #define X(STEM, stem, id, weights, bytes) CCQ_VECTOR(stem, 0, no_runs)
-CCQ_PAPER_TYPES(X)
+CCQ_OWN_PAPER_TYPES(X)
 #undef X
 
 /* Lay a column out for products of a type; returns the memory behind it. */
@@ -281,7 +281,7 @@ CCQ_PAPER_TYPES(X)
         expand_doubled(q + rest * CCQ_GROUP, n_groups - rest, OFFSET_##STEM, to + n_runs * RUN_BYTES(RUN));            \
         return to + expanded_bytes(n_groups * CCQ_GROUP);                                                              \
     }
-CCQ_TRELLIS_TYPES(X)
+CCQ_OWN_TRELLIS_TYPES(X)
 #undef X
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     CCQ_INLINE uint8_t * expand_##stem(const int8_t * q, int64_t n_groups, uint8_t * to, column * col) {               \
@@ -289,7 +289,7 @@ CCQ_TRELLIS_TYPES(X)
         expand_plain(q, n_groups, OFFSET_##STEM, to);                                                                  \
         return to + expanded_bytes(n_groups * CCQ_GROUP);                                                              \
     }
-CCQ_PAPER_TYPES(X)
+CCQ_OWN_PAPER_TYPES(X)
 #undef X
 
 #endif

@@ -24,9 +24,9 @@ CCQ_INLINE void coupled_extend(const ccq_coupled * c, int t, int n, int ways, in
                                int32_t * restrict cost, int32_t * restrict sum) {
     const uint16_t * ahead = c->reversed.metric[c->reversed.steps - 1 - t];
     const int32_t bound = ccq_value_bound(factor), unit = factor <= CCQ_FACTOR_SCALED ? factor : CCQ_FACTOR_ONE;
-    int8_t level[8 * CCQ_COUPLED_KEPT];
-    int16_t value[8 * CCQ_COUPLED_KEPT];
-    uint16_t after[8 * CCQ_COUPLED_KEPT];
+    int8_t level[CCQ_COUPLED_WAYS];
+    int16_t value[CCQ_COUPLED_WAYS];
+    uint16_t after[CCQ_COUPLED_WAYS];
     for (int i = 0; i < n; i++) {
         const int32_t window = c->state[t & 1][i] * ways, metric = c->metric[t & 1][i];
         int32_t x = (c->target[t & 1][i][t] * unit + CCQ_FACTOR_ONE / 2) >> 6;
@@ -50,6 +50,13 @@ CCQ_INLINE void coupled_extend(const ccq_coupled * c, int t, int n, int ways, in
             sum[i] = cost[i] + after[i] / 2;
         }
     }
+}
+
+/* The same for any number of ways; nothing is unrolled. */
+static __attribute__((noinline)) void coupled_extend_any(const ccq_coupled * c, int t, int n, int ways, int32_t states,
+                                                         int32_t factor, int32_t * restrict cost,
+                                                         int32_t * restrict sum) {
+    coupled_extend(c, t, n, ways, states, factor, cost, sum);
 }
 
 static int coupled_count(const int32_t * sum, int n, int32_t most) {
@@ -80,7 +87,7 @@ CCQ_INLINE int coupled_keep(ccq_coupled * c, int t, int n_ways, int before, int3
     const uint16_t * from = c->state[t & 1];
     uint16_t * to = c->state[(t + 1) & 1];
     int32_t * metric = c->metric[(t + 1) & 1];
-    uint8_t kept[8 * CCQ_COUPLED_KEPT + 8];
+    uint8_t kept[CCQ_COUPLED_WAYS + 8];
     for (int i = 0; i < n_ways; i++) { kept[i] = sum[i] <= most; }
     memset(kept + n_ways, 0, 8);
     int n = 0;
@@ -110,12 +117,12 @@ CCQ_INLINE int coupled_keep(ccq_coupled * c, int t, int n_ways, int before, int3
 
 /* The best cycle found through `state` before step 0; its windows go to `window`, and are no cycle if costs overflowed.
  * x is in units of 1/CCQ_FACTOR_ONE level; c->reversed holds the pass backwards from `state`; keeps up to `keep`
- * survivors. */
+ * survivors, at most CCQ_MOST_SURVIVORS. */
 static void coupled_pass(ccq_coupled * c, const int16_t * x, const int16_t * factor, int32_t keep, int32_t state,
                          uint16_t * window) {
     const int32_t * stride = c->reversed.stride;
     const int steps = c->reversed.steps;
-    int32_t cost[8 * CCQ_COUPLED_KEPT], sum[8 * CCQ_COUPLED_KEPT];
+    int32_t cost[CCQ_COUPLED_WAYS], sum[CCQ_COUPLED_WAYS];
     int32_t distance = CCQ_METRIC_MAX;
     int n = 1;
     memset(c->found, 0, sizeof c->found);
@@ -129,7 +136,8 @@ static void coupled_pass(ccq_coupled * c, const int16_t * x, const int16_t * fac
         switch (before) {
         case 1: coupled_extend(c, t, n, 2, states, f, cost, sum); break;
         case 2: coupled_extend(c, t, n, 4, states, f, cost, sum); break;
-        default: coupled_extend(c, t, n, 8, states, f, cost, sum); break;
+        case 3: coupled_extend(c, t, n, 8, states, f, cost, sum); break;
+        default: coupled_extend_any(c, t, n, 1 << before, states, f, cost, sum); break;
         }
         const int32_t most = coupled_cutoff(sum, n << before, keep, &distance);
         n = coupled_keep(c, t, n << before, before, states, keep, most, cost, sum);

@@ -1,14 +1,12 @@
 /* Products, the plain way: a panel of rows is decoded to levels, then multiplied with one column after the other.
  *
- * Hooks: a set defines CCQ_HAVE_DOT_ROW and
+ * Hooks: types that the set lists are decoded by its group_<stem> (decode.inl).  It may define CCQ_HAVE_DOT_ROW and
  *
  *     float dot_row(const int8_t * levels, const float * scales, int64_t n_groups,
  *                   const CCQ_ACT * q, const float * d)
  *
  * the product of a decoded row with a column, for a faster inner loop; or CCQ_HAVE_MUL_MAT, work_bytes and
- * mul_mat_<stem> of every type as in ccq_kernels, for another way altogether. */
-
-#ifndef CCQ_HAVE_MUL_MAT
+ * mul_mat_<stem> of every type that it lists, as in ccq_kernels, for another way altogether. */
 
 #ifndef CCQ_HAVE_DOT_ROW
 CCQ_INLINE float dot_row(const int8_t * levels, const float * scales, int64_t n_groups, const CCQ_ACT * q,
@@ -25,14 +23,13 @@ CCQ_INLINE float dot_row(const int8_t * levels, const float * scales, int64_t n_
 
 /* Enough rows that a column's activations are read once for many, few enough that rows of 8192 levels stay in a
  * second-level cache. */
-enum { PANEL_ROWS = 16 };
+enum { PLAIN_ROWS = 16 };
 
-static size_t work_bytes(int64_t n, int64_t n_cols) {
-    (void)n_cols;
-    return (size_t)(PANEL_ROWS * n) + (size_t)(PANEL_ROWS * n / CCQ_GROUP) * sizeof(float);
+CCQ_PLAIN size_t plain_work_bytes(int64_t n) {
+    return (size_t)(PLAIN_ROWS * n) + (size_t)(PLAIN_ROWS * n / CCQ_GROUP) * sizeof(float);
 }
 
-static void multiply_panel(const ccq_product * p, const int8_t * levels, const float * scales, int64_t first,
+CCQ_PLAIN void plain_panel(const ccq_product * p, const int8_t * levels, const float * scales, int64_t first,
                            int64_t n_rows) {
     const int64_t n_groups = p->n / CCQ_GROUP;
     for (int64_t c = 0; c < p->n_cols; c++) {
@@ -45,25 +42,46 @@ static void multiply_panel(const ccq_product * p, const int8_t * levels, const f
     }
 }
 
-#define CCQ_MUL_MAT(STEM, stem, id, weights, bytes)                                                                    \
-    static void mul_mat_##stem(const ccq_product * p) {                                                                \
+#define CCQ_PLAIN_MUL_MAT(name, group_levels, STEM, weights, bytes)                                                    \
+    CCQ_PLAIN void name(const ccq_product * p) {                                                                       \
         int8_t * levels = p->work;                                                                                     \
-        float * scales = (float *)(levels + PANEL_ROWS * p->n);                                                        \
-        for (int64_t first = 0; first < p->n_rows; first += PANEL_ROWS) {                                              \
-            const int64_t n_rows = p->n_rows - first < PANEL_ROWS ? p->n_rows - first : PANEL_ROWS;                    \
+        float * scales = (float *)(levels + PLAIN_ROWS * p->n);                                                        \
+        for (int64_t first = 0; first < p->n_rows; first += PLAIN_ROWS) {                                              \
+            const int64_t n_rows = p->n_rows - first < PLAIN_ROWS ? p->n_rows - first : PLAIN_ROWS;                    \
             int8_t * v = levels;                                                                                       \
             float * scale = scales;                                                                                    \
             for (int64_t r = 0; r < n_rows; r++) {                                                                     \
                 const uint8_t * block = (const uint8_t *)p->blocks + (first + r) * p->row_stride;                      \
                 for (int64_t b = 0; b < p->n / (weights); b++, block += (bytes)) {                                     \
                     for (int group = 0; group < CCQ_##STEM##_GROUPS; group++, v += CCQ_GROUP) {                        \
-                        *scale++ = CCQ_GROUP_OF(stem)(block, group, v);                                                \
+                        *scale++ = group_levels(block, group, v);                                                      \
                     }                                                                                                  \
                 }                                                                                                      \
             }                                                                                                          \
-            multiply_panel(p, levels, scales, first, n_rows);                                                          \
+            plain_panel(p, levels, scales, first, n_rows);                                                             \
         }                                                                                                              \
     }
-CCQ_TYPES(CCQ_MUL_MAT)
-
+#define X(STEM, stem, id, weights, bytes)                                                                              \
+    CCQ_PLAIN_MUL_MAT(plain_mul_mat_##stem, ccq_group_##stem, STEM, weights, bytes)
+CCQ_TYPES(X)
+#undef X
+#ifndef CCQ_HAVE_MUL_MAT
+#define X(STEM, stem, id, weights, bytes) CCQ_PLAIN_MUL_MAT(mul_mat_##stem, group_##stem, STEM, weights, bytes)
+CCQ_OWN_TYPES(X)
+#undef X
 #endif
+
+/* Types that are left to the plain way. */
+#define X(STEM, stem, id, weights, bytes) -1
+enum { PLAIN_TYPES = CCQ_TYPE_COUNT CCQ_OWN_TYPES(X) };
+#undef X
+
+static size_t most_work_bytes(int64_t n, int64_t n_cols) {
+#ifdef CCQ_HAVE_MUL_MAT
+    const size_t own = work_bytes(n, n_cols);
+    return PLAIN_TYPES == 0 || own > plain_work_bytes(n) ? own : plain_work_bytes(n);
+#else
+    (void)n_cols;
+    return plain_work_bytes(n);
+#endif
+}

@@ -8,11 +8,8 @@
  *
  * The states after the step fall into 2^before runs of `part`, whose predecessors are the same in the same order.  All
  * of it is integer arithmetic with one meaning, so every set finds the same ways. */
-#ifdef CCQ_HAVE_LANES
-#include "viterbi_lanes.inl"
-#else
-CCQ_INLINE void viterbi_step(const uint16_t * restrict in, uint16_t * restrict sorted, uint16_t * restrict out,
-                             const int16_t * restrict levels, int before, int after, int32_t x, int32_t factor) {
+CCQ_INLINE void plain_step(const uint16_t * restrict in, uint16_t * restrict sorted, uint16_t * restrict out,
+                           const int16_t * restrict levels, int before, int after, int32_t x, int32_t factor) {
     const int ways = 1 << after;
     const int part = (CCQ_TRELLIS_LEVELS >> after) >> before;
     for (int j = 0; j < part; j++) {
@@ -31,6 +28,9 @@ CCQ_INLINE void viterbi_step(const uint16_t * restrict in, uint16_t * restrict s
     }
 }
 
+#ifdef CCQ_HAVE_LANES
+#include "viterbi_lanes.inl"
+#else
 /* Bring the least of the n metrics to 0. */
 static void lower_metrics(uint16_t * metric, int n) {
     uint16_t least = CCQ_METRIC_MAX;
@@ -57,7 +57,7 @@ static void lower_metrics(uint16_t * metric, int n) {
 #define CCQ_STEP(before, after)                                                                                        \
     static __attribute__((noinline)) void step_##before##after(ccq_trellis * trellis, int parity, const uint16_t * in, \
                                                                uint16_t * out, int32_t x, int32_t factor) {            \
-        viterbi_step(in, trellis->sorted, out, trellis->levels[parity], before, after, x, factor);                     \
+        plain_step(in, trellis->sorted, out, trellis->levels[parity], before, after, x, factor);                       \
     }
 #endif
 CCQ_STEP(1, 1)
@@ -68,6 +68,12 @@ CCQ_STEP(2, 3)
 CCQ_STEP(3, 2)
 CCQ_STEP(3, 3)
 
+/* Strides that have no step of their own, in any set. */
+static __attribute__((noinline)) void step_any(ccq_trellis * trellis, int parity, int before, int after,
+                                               const uint16_t * in, uint16_t * out, int32_t x, int32_t factor) {
+    plain_step(in, trellis->sorted, out, trellis->levels[parity], before, after, x, factor);
+}
+
 static void viterbi(ccq_trellis * trellis, const int16_t * x, const int16_t * factor, int32_t first) {
     for (int i = 0; i < trellis->steps; i++) {
         const int t = (first + i) % trellis->steps;
@@ -76,14 +82,15 @@ static void viterbi(ccq_trellis * trellis, const int16_t * x, const int16_t * fa
         const uint16_t * in = trellis->metric[i];
         uint16_t * out = trellis->metric[i + 1];
         const int32_t f = factor != NULL ? factor[t] : CCQ_FACTOR_ONE;
-        switch (before * 4 + after) {
-        case 1 * 4 + 1: step_11(trellis, t & 1, in, out, x[t], f); break;
-        case 1 * 4 + 2: step_12(trellis, t & 1, in, out, x[t], f); break;
-        case 2 * 4 + 1: step_21(trellis, t & 1, in, out, x[t], f); break;
-        case 2 * 4 + 2: step_22(trellis, t & 1, in, out, x[t], f); break;
-        case 2 * 4 + 3: step_23(trellis, t & 1, in, out, x[t], f); break;
-        case 3 * 4 + 2: step_32(trellis, t & 1, in, out, x[t], f); break;
-        default: step_33(trellis, t & 1, in, out, x[t], f); break;
+        switch (before * 8 + after) {
+        case 1 * 8 + 1: step_11(trellis, t & 1, in, out, x[t], f); break;
+        case 1 * 8 + 2: step_12(trellis, t & 1, in, out, x[t], f); break;
+        case 2 * 8 + 1: step_21(trellis, t & 1, in, out, x[t], f); break;
+        case 2 * 8 + 2: step_22(trellis, t & 1, in, out, x[t], f); break;
+        case 2 * 8 + 3: step_23(trellis, t & 1, in, out, x[t], f); break;
+        case 3 * 8 + 2: step_32(trellis, t & 1, in, out, x[t], f); break;
+        case 3 * 8 + 3: step_33(trellis, t & 1, in, out, x[t], f); break;
+        default: step_any(trellis, t & 1, before, after, in, out, x[t], f); break;
         }
         if ((i + 1) % CCQ_LOWER_EVERY == 0) { lower_metrics(out, CCQ_TRELLIS_LEVELS >> after); }
     }

@@ -6,20 +6,18 @@
 #include "paper.h"
 #include "trellis.h"
 
-#define CCQ_HAVE_GROUPS
-
 /* Constants by type; `type` is one wherever it occurs. */
 #define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = bytes,
-static const int block_bytes[CCQ_TYPE_COUNT] = {CCQ_TYPES(X)};
+static const int block_bytes[CCQ_TYPE_COUNT] = {CCQ_OWN_TYPES(X)};
 #undef X
 #define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = CCQ_##STEM##_GROUPS,
-static const int block_groups[CCQ_TYPE_COUNT] = {CCQ_TYPES(X)};
+static const int block_groups[CCQ_TYPE_COUNT] = {CCQ_OWN_TYPES(X)};
 #undef X
 #define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = CCQ_##STEM##_LEVEL_OFFSET,
-static const int level_offset[CCQ_TYPE_COUNT] = {CCQ_TRELLIS_TYPES(X)
+static const int level_offset[CCQ_TYPE_COUNT] = {CCQ_OWN_TRELLIS_TYPES(X)
 #undef X
 #define X(STEM, stem, id, weights, bytes) [CCQ_INDEX_##STEM] = CCQ_##STEM##_ZERO_POINT,
-                                                     CCQ_PAPER_TYPES(X)
+                                                     CCQ_OWN_PAPER_TYPES(X)
 #undef X
 };
 
@@ -28,7 +26,7 @@ CCQ_INLINE void group_values(int type, const uint8_t * block, int group, uint8x1
     switch (type) {
 #define X(STEM, stem, id, weights, bytes)                                                                              \
     case CCQ_INDEX_##STEM: values_##stem(block, group, v); break;
-        CCQ_TYPES(X)
+        CCQ_OWN_TYPES(X)
 #undef X
     default: break;
     }
@@ -36,9 +34,10 @@ CCQ_INLINE void group_values(int type, const uint8_t * block, int group, uint8x1
 
 CCQ_INLINE float group_scale(int type, const uint8_t * block, int group) {
     switch (type) {
-    case CCQ_INDEX_P2: return ccq_group_scale_p2(block, group);
-    case CCQ_INDEX_P2_5: return ccq_group_scale_p2_5(block, group);
-    case CCQ_INDEX_P2_75: return ccq_group_scale_p2_75(block, group);
+#define X(STEM, stem, id, weights, bytes)                                                                              \
+    case CCQ_INDEX_##STEM: return ccq_group_scale_##stem(block, group);
+        CCQ_OWN_PAPER_TYPES(X)
+#undef X
     default: return trellis_scales[block[0]];
     }
 }
@@ -105,7 +104,7 @@ CCQ_INLINE void natural_levels(int type, const uint8_t * block, int group, int8x
         for (int i = 0; i < 4; i++) { vst1q_s8(v + 16 * i, levels[i]); }                                               \
         return group_scale(CCQ_INDEX_##STEM, block, group);                                                            \
     }
-CCQ_TYPES(X)
+CCQ_OWN_TYPES(X)
 #undef X
 
 #endif

@@ -39,7 +39,7 @@ static size_t work_bytes(int64_t n, int64_t n_cols) {
             vector_product(CCQ_INDEX_##STEM, p);                                                                       \
         }                                                                                                              \
     }
-CCQ_TYPES(X)
+CCQ_OWN_TYPES(X)
 #undef X
 
 #endif

@@ -6,6 +6,9 @@
 
 #include "../generic/inline.h"
 
+/* The types that are done here. */
+#define CCQ_OWN_PAPER_TYPES(X) CCQ_TYPE_P2(X) CCQ_TYPE_P2_5(X) CCQ_TYPE_P2_75(X)
+
 /* Eight states of P2, right in their low 16 bits, of which 15 matter.  The conversion rounds down and makes NaN 0; what
  * is below int32 becomes its least, whose low bits are 0 as well, but what is above its largest. */
 CCQ_INLINE uint32x4_t p2_four_states(uint16x4_t codes, float32x4_t code_scale, float32x4_t code_zp) {

@@ -26,6 +26,9 @@
 
 #include "../generic/inline.h"
 
+/* The types that are done here. */
+#define CCQ_OWN_TRELLIS_TYPES(X) CCQ_TYPE_T1(X) CCQ_TYPE_T1_5(X) CCQ_TYPE_T2(X) CCQ_TYPE_T2_5(X) CCQ_TYPE_T3(X)
+
 /* --- cycles ------------------------------------------------------------------------------------------------------- */
 
 /* A cycle of n bytes is loaded as its first and its last 8 (T1_5) or 16, which overlap, so that no byte behind it is
@@ -161,7 +164,7 @@ CCQ_INLINE uint8x16_t hash_fields(uint16x8_t window, uint32_t multiplier) {
                              hash_fields(window[2 * i + 1], CCQ_##STEM##_MULTIPLIER));                                 \
         }                                                                                                              \
     }
-CCQ_TRELLIS_TYPES(X)
+CCQ_OWN_TRELLIS_TYPES(X)
 #undef X
 
 #endif
