@@ -102,9 +102,11 @@ class OutputFile(Staged):
         self.check()
 
     def check(self) -> None:
-        """Raises ``OutputError`` if the target is a folder, its folder is missing, or it exists and may not."""
+        """Raises ``OutputError`` if the target is a folder or no file, its folder is missing, or it may not exist."""
         if self.path.is_dir():
             raise OutputError("is a folder", file=self.path)
+        if self.path.exists() and not self.path.is_file():  # a device or a pipe, which a file would replace
+            raise OutputError("is no regular file", file=self.path)
         if not self.path.parent.is_dir():
             raise OutputError("its folder does not exist", file=self.path)
         if self.path.exists() and not self.overwrite:
@@ -240,6 +242,26 @@ class Scratch(OutputFile):
 
     def settle(self) -> None:
         """Nothing."""
+
+    def abort(self) -> None:
+        """Nothing: the ``with`` block ends the file."""
+
+    def __exit__(self, *_: object) -> None:
+        super().abort()
+
+
+class Held(OutputFile):
+    """A file that :meth:`close` completes and :meth:`release` gives its name, so that it can appear together with
+    another.  It is gone if the ``with`` block is left before."""
+
+    def close(self) -> None:
+        """Nothing is left to write.  Raises ``OutputError``."""
+        self.complete()
+
+    def release(self) -> None:
+        """Give the file its name.  Raises ``OutputError`` as :meth:`OutputFile.close` does."""
+        self.publish()
+        self.settle()
 
     def abort(self) -> None:
         """Nothing: the ``with`` block ends the file."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import fsum, inf, log, log10
@@ -207,11 +207,12 @@ def _hull(costs: Sequence[int], losses: Sequence[float]) -> list[int]:
 
 
 def ladder(options: QuantOptions) -> tuple[str, ...]:
-    """The types that a plan chooses among, by size: ``LADDER``, and below it, if there is importance data, ccq_t1.
+    """The types that a plan chooses among, by size: ``LADDER``, and below it, if there is importance data or will be,
+    ccq_t1.
 
     As one type for all matrices ccq_t1 leaves little of most models; in a plan it is for those that matter least.
     """
-    return (ONE_BIT, *LADDER) if options.imatrix is not None else LADDER
+    return (ONE_BIT, *LADDER) if options.imatrix is not None or options.calibrate else LADDER
 
 
 def measure(source: TensorSource, options: QuantOptions, types: Sequence[str] | None = None) -> Choices:
@@ -467,17 +468,29 @@ def allocate(
     Raises ``PlanError`` if the target is beyond what the types can give, and what :func:`measure` and
     :func:`plan.make_plan` raise.
     """
-    make_plan(sources, options, Pure(_BASE))  # refuses what cannot be planned before anything is measured
-    free = choosable(sources, options)
-    if not free:
-        raise PlanError("no matrix is left to allocate types to")
-    budgets = _Budgets(sources, options, free, overhead)
-    budgets.check()
-    choices, unit = completed(list(_measured(free, options, advance)))
+    budgets = _budgets(sources, options, choosable(sources, options), overhead)
+    choices, unit = completed(list(_measured(budgets.free, options, advance)))
     plan = _plan(budgets, choices, unit, options.target_size)
     if not options.dry_run:
         return plan
     return replace(plan, curve=[(size, _plan(budgets, choices, unit, size).loss) for size in budgets.sizes()])
+
+
+def check_target(sources: list[TensorSource], options: QuantOptions, overhead: Overhead) -> None:
+    """Raise the ``PlanError`` that :func:`allocate` would, before there are the data that it is to have."""
+    learned = {source.name for source in sources} if options.target_bpw is None else set()
+    _budgets(sources, options, choosable(sources, options, learned), overhead)
+
+
+def _budgets(
+    sources: list[TensorSource], options: QuantOptions, free: list[TensorSource], overhead: Overhead
+) -> _Budgets:
+    make_plan(sources, options, Pure(_BASE))  # refuses what cannot be planned before anything is measured
+    if not free:
+        raise PlanError("no matrix is left to allocate types to")
+    budgets = _Budgets(sources, options, free, overhead)
+    budgets.check()
+    return budgets
 
 
 def compared(
@@ -489,12 +502,14 @@ def compared(
 ) -> Plan:
     """A plan by names with its expected loss, and with that of a plan for the same size.  Raises what :func:`measure`
     does."""
-    free = choosable(sources, options)
     types = {tensor.source.name: tensor.type for tensor in plan.tensors}
+    # Rows that keep their bytes lose nothing, and may be of a type that nothing here encodes.
+    free = [s for s in choosable(sources, options) if types[s.name] != s.source_type]
+    copied = {s.name: 0.0 for s in sources if types[s.name] == s.source_type}
     ladders = [sorted({*ladder(options), types[s.name]}, key=lambda name: (_bpw(name), name)) for s in free]
     choices, unit = completed(list(_measured(free, options, advance, ladders)))
     losses = {c.source.name: (c.losses or ())[c.types.index(types[c.source.name])] for c in choices}
-    tensors = [replace(t, loss=losses.get(t.source.name)) for t in plan.tensors]
+    tensors = [replace(t, loss=(losses | copied).get(t.source.name)) for t in plan.tensors]
     costs = [[overhead.padded(nbytes) for nbytes in choice.nbytes] for choice in choices]
     columns = [choice.losses or () for choice in choices]
     budget = sum(cost[c.types.index(types[c.source.name])] for cost, c in zip(costs, choices, strict=True))
@@ -502,9 +517,11 @@ def compared(
     return replace(plan, tensors=tensors, loss_unit=unit, instead=(overhead.file_size(plan), best))
 
 
-def choosable(sources: list[TensorSource], options: QuantOptions) -> list[TensorSource]:
-    """The tensors that a target chooses types for."""
-    known = options.imatrix.losses if options.imatrix is not None and options.target_bpw is None else {}
+def choosable(sources: list[TensorSource], options: QuantOptions, learned: Collection[str] = ()) -> list[TensorSource]:
+    """The tensors that a target chooses types for; ``learned``: those whose losses will be known."""
+    known: Collection[str] = learned
+    if options.imatrix is not None and options.target_bpw is None:
+        known = {*learned, *options.imatrix.losses}
     return [
         source for source in free_matrices(sources, options, vocabulary=known) if source.row_len % block(_BASE)[0] == 0
     ]

@@ -15,11 +15,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from ccq_format.errors import CcqError, EvalError
-from ccq_format.gguf_io import ModelWriter, open_model
+from ccq_format.gguf_io import ModelWriter, SplitWriter, open_model
 from ccq_format.output import OutputFile, Scratch, refuse_inputs
 
 from . import imatrix
@@ -28,7 +29,7 @@ from .calibration import BUNDLED_TEXT, CalibrationOptions
 from .collect import BATCH, calibrate_file, calibrate_gguf
 from .console import format_bytes, progress_bar
 from .conversion import Conversion
-from .convert import write_model
+from .convert import check_target, write_model
 from .data import lacks_data, wants_data
 from .evaluate import read_text
 from .hessian import Hessians
@@ -91,7 +92,7 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
         log.info("%s", _WOULD)
         yield options
         return
-    OutputFile(conversion.path, overwrite=options.overwrite)  # refuses a target before the work
+    _refuse(conversion, options)
     if options.resume:
         kept = _Kept(conversion, options, wanted)
         if (found := kept.load(options)) is None:
@@ -107,6 +108,15 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
         data = _measured(conversion, options, wanted, hessians)
         products = Hessians(hessians.reachable) if wanted.hessians else options.hessian
         yield replace(options, imatrix=data, hessian=products)
+
+
+def _refuse(conversion: Conversion, options: QuantOptions) -> None:
+    """Before the work, what would be refused after it: the output, a target that no plan reaches."""
+    OutputFile(conversion.path, overwrite=options.overwrite)
+    if options.split_max_size is not None:
+        SplitWriter(conversion.path, conversion.arch, options.split_max_size, overwrite=options.overwrite)
+    if options.type is None:
+        check_target(conversion, options)
 
 
 @dataclass(frozen=True)
@@ -289,6 +299,8 @@ class _Kept:
         self.wanted = wanted
         whole = job_of(options, conversion.files)
         self._job = {key: whole[key] for key in ("--imatrix", *(file.name for file in conversion.files))}
+        # A target has embedding and output measured, too; another version may measure otherwise.
+        self._job |= {"target": json.dumps(options.type is None), "ccq": version("ccq")}
 
     def job(self, hessians: bool | None) -> str:
         """What tells this calibration from others; ``hessians``: with them."""

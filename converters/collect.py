@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 
 from ccq_format.errors import ImportanceError, ModelError
 from ccq_format.gguf_io import ModelWriter, open_model
-from ccq_format.output import OutputFile
+from ccq_format.output import Held, OutputFile
 
 from . import imatrix
 from .calibration import CalibrationOptions, check_outputs
@@ -302,7 +302,10 @@ def calibrate_file(
         options = replace(options, process_output=True)  # it may get few bits then
     check_outputs(out, hessian, [*open_model(model_path).files, text_path])
     text = read_text(text_path)
-    with ModelWriter(out, "", overwrite=options.overwrite) as writer, progress_bar(progress) as bar:
+    with ExitStack() as stack:
+        writer = stack.enter_context(ModelWriter(out, "", overwrite=options.overwrite))
+        products = None if hessian is None else stack.enter_context(Held(hessian, overwrite=options.overwrite))
+        bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("calibrating", total=None)
 
         def advance(done: int, total: int) -> None:
@@ -314,7 +317,7 @@ def calibrate_file(
             options,
             file=str(out),
             datasets=[str(text_path)],
-            hessian=hessian,
+            hessian=products,
             advance=advance,
         )
         if options.losses:
@@ -323,6 +326,8 @@ def calibrate_file(
             bar.update(task, description="measuring losses", completed=0, total=None)
             result = measure_losses(model_path, text, result, threads=options.threads, advance=advance)
         imatrix.fill(writer, result)
+        if products is not None:
+            products.release()
     return result
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ccq_format.gguf_io import ModelWriter
 
-from . import borrow
-from .allocate import Overhead, allocate, compared, spare
+from . import allocate, borrow
+from .allocate import Overhead, compared, spare
 from .console import progress_bar
 from .conversion import Conversion
 from .data import check_hessians, check_importance, refuse_without_data, warn_without_data
@@ -65,16 +65,8 @@ def _planned(conversion: Conversion, options: QuantOptions) -> Plan:
 def _measured(conversion: Conversion, options: QuantOptions) -> Plan:
     """The plan for a target, or what a plan by names is expected to lose, with a progress bar."""
     sources = conversion.sources
-    # The header has the same size whichever T types the tensors have: write it and look.
-    like = make_plan(sources, replace(options, type=options.type or "ccq_t2", target_size=None, target_bpw=None))
-    with tempfile.TemporaryDirectory() as folder:
-        writer = ModelWriter(Path(folder) / "header.gguf", conversion.arch)
-        try:
-            declare(writer, conversion, like, options)
-            writer.begin()
-        finally:
-            writer.abort()
-    overhead = Overhead(writer.header_bytes, writer.gguf.data_alignment)
+    like = _like(sources, options)
+    overhead = _overhead(conversion, like, options)
     with progress_bar(conversion.progress) as bar:
         task = bar.add_task("", total=sum(len(s.shape) > 1 for s in sources))
 
@@ -83,7 +75,31 @@ def _measured(conversion: Conversion, options: QuantOptions) -> Plan:
 
         if options.type is not None:
             return compared(like, sources, options, overhead, advance)
-        return allocate(sources, options, overhead, advance)
+        return allocate.allocate(sources, options, overhead, advance)
+
+
+def check_target(conversion: Conversion, options: QuantOptions) -> None:
+    """Raise the ``PlanError`` that a target will meet, before what takes long."""
+    options = _completed(conversion.sources, options)
+    overhead = _overhead(conversion, _like(conversion.sources, options), options)
+    allocate.check_target(conversion.sources, options, overhead)
+
+
+def _like(sources: list[TensorSource], options: QuantOptions) -> Plan:
+    """A plan whose file has a header of the right size, which is the same whichever T types the tensors have."""
+    return make_plan(sources, replace(options, type=options.type or "ccq_t2", target_size=None, target_bpw=None))
+
+
+def _overhead(conversion: Conversion, like: Plan, options: QuantOptions) -> Overhead:
+    """The header, written to look at its size."""
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ModelWriter(Path(folder) / "header.gguf", conversion.arch)
+        try:
+            declare(writer, conversion, like, options)
+            writer.begin()
+        finally:
+            writer.abort()
+    return Overhead(writer.header_bytes, writer.gguf.data_alignment)
 
 
 def _spared(conversion: Conversion, plan: Plan, options: QuantOptions) -> Plan:

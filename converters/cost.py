@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .data import lacks_data
 from .encode import encodable, encode_rows
 from .host import cpu_count
 from .options import QuantOptions
@@ -40,6 +41,8 @@ def expectation(plan: Plan, options: QuantOptions) -> str:
         line += " and no GPU"
     if options.hessian is not None:
         line += ", two to three times that with the Hessian"
+    elif options.calibrate and (options.type is None or lacks_data(plan)):
+        line += ", after calibration; two to three times that if there is room for Hessians"
     return line
 
 

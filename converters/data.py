@@ -108,10 +108,12 @@ def _is_output(tensor: PlannedTensor, tied: bool) -> bool:
 def check_hessians(plan: Plan, hessians: Hessians) -> None:
     """Match a Hessian file with the tensors whose types it helps: warn of those without a Hessian (one line).
 
-    Raises ``ImportanceError`` if no tensor has one.
+    Raises ``ImportanceError`` if no tensor has one, or one has another shape.
     """
     wanted = [t.source.name for t in plan.tensors if wants_data(t)]
     missing = [name for name in wanted if name not in hessians]
+    for source in (t.source for t in plan.tensors if wants_data(t) and t.source.name in hessians):
+        hessians.check(source.name, source.matrices, source.row_len)
     if not wanted:
         log.warning("%s: not used, because it helps none of the types that tensors get", hessians.file)
     elif len(missing) == len(wanted):

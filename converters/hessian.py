@@ -138,6 +138,19 @@ class Hessians:
         part = self._stored.get(self._shared.get(name, name))
         return part is not None and part.shape == _shape(n_matrices, row_len)
 
+    def check(self, name: str, n_matrices: int, row_len: int) -> None:
+        """Raise ``ImportanceError`` if the file has no Hessian of that name, or one of another shape than
+        :meth:`product` needs."""
+        stored = self._shared.get(name, name)
+        if stored not in self._stored or stored + _COUNTS not in self._stored:
+            raise ImportanceError("has no Hessian", file=self.file, tensor=name)
+        part, counts = self._stored[stored], self._stored[stored + _COUNTS]
+        expected = _shape(n_matrices, row_len)
+        if part.shape != expected or counts.shape != (n_matrices,) or {part.dtype, counts.dtype} != {"F32"}:
+            raise ImportanceError(
+                f"its Hessian has the shape {list(part.shape)}, not {list(expected)}", file=self.file, tensor=name
+            )
+
     def sharing(self, names: Mapping[str, str]) -> Hessians:
         """The same file, in which each key of ``names`` has the Hessian of its value as well."""
         more = copy.copy(self)
@@ -153,15 +166,9 @@ class Hessians:
 
         Raises ``ImportanceError`` if the file has none, or one of another shape or with values that are not finite.
         """
+        self.check(name, n_matrices, row_len)
         stored = self._shared.get(name, name)
-        if stored not in self._stored or stored + _COUNTS not in self._stored:
-            raise ImportanceError("has no Hessian", file=self.file, tensor=name)
         part, counts = self._stored[stored], self._stored[stored + _COUNTS]
-        expected = _shape(n_matrices, row_len)
-        if part.shape != expected or counts.shape != (n_matrices,) or {part.dtype, counts.dtype} != {"F32"}:
-            raise ImportanceError(
-                f"its Hessian has the shape {list(part.shape)}, not {list(expected)}", file=self.file, tensor=name
-            )
         product = np.empty((row_len, row_len), dtype)
         step = max(1, _CHUNK // row_len)
         try:

@@ -52,7 +52,8 @@ bool overlap(const ggml_tensor & a, const ggml_tensor & b) {
     return begin_a < begin_b + ggml_nbytes(&b) && begin_b < begin_a + ggml_nbytes(&a);
 }
 
-// Convolutions clear the whole work buffer, or make their batches as large as it is.  By name: trees have more or fewer.
+// Convolutions clear the whole work buffer, or make their batches as large as it is.  By name: trees have more or
+// fewer.
 bool takes_all(const ggml_tensor & node) {
     return strncmp(ggml_op_name(node.op), "CONV_", 5) == 0;
 }
