@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from ccq_converters import automatic, collect, losses, stream
 from ccq_converters.calibration import BUNDLED_TEXT
 from ccq_converters.cli import main
+from ccq_converters.conversion import Conversion
 from ccq_converters.hf2gguf import convert
 from ccq_converters.options import QuantOptions
 from ccq_format.gguf_io import open_model
@@ -270,6 +271,42 @@ def test_a_model_that_llama_cpp_refuses(folder: Path, tmp_path: Path) -> None:
     line = refused("quantize", source, "-o", folder / "o.gguf", "--type", "t2")
     assert re.search(rf"{source}: .*refused.*unknown model architecture: 'madeup'.*--no-calibration", line)
     assert names(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ("--target-size 1kB", "with these types the file has"),
+        ("--target-size 20% --tensor-type nonsuch=q8_0", "'nonsuch' matches no matrix"),
+        ("--target-size 20% --tensor-type attn_q=q9", "unknown type 'q9'"),
+        ("--target-bpw 1", r"the matrices have 1\.0625 to 8\.5 bits"),
+        ("--type ccq_t2 --split-max-size 0", "files of 0 bytes cannot be written"),
+    ],
+)
+def test_what_no_data_can_mend(
+    stored: Path, folder: Path, settings: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(automatic, "_measured", lambda *_: pytest.fail("calibrates first"))
+    assert re.search(why, refused("quantize", stored, "-o", folder / "o.gguf", *settings.split()))
+    assert names(folder) == []
+
+
+def test_a_dry_run_knows_the_types_that_data_will_allow(stored: Path) -> None:
+    result = run("quantize", stored, "--target-bpw", "1.3", "--dry-run", *FAST)
+    assert result.exit_code == 0, result.output
+    assert "ccq_t1 " in result.stdout
+    assert "after calibration; two to three times that if there is room for Hessians" in result.stdout
+
+
+def test_a_kept_calibration_is_that_of_a_target_or_of_none(stored: Path, folder: Path) -> None:
+    """For a target embedding and output are measured as well."""
+    wanted = automatic._Wanted(importance=False, losses=False, hessians=True)
+    conversion = Conversion(folder / "o.gguf", "llama", [], [stored])
+    jobs = [
+        automatic._Kept(conversion, options, wanted).job(True)
+        for options in (QuantOptions("ccq_t2"), QuantOptions(target_size=10**6), QuantOptions(target_size=2 * 10**6))
+    ]
+    assert jobs[0] != jobs[1] == jobs[2]
 
 
 def test_an_output_that_exists(stored: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

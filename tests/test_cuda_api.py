@@ -205,3 +205,17 @@ def test_a_transformers_model_with_ccq_weights(tmp_path: Path) -> None:
     with pytest.raises(errors.TensorTypeError, match="no such tensor"):
         CcqLinear.from_file(path, "blk.99.attn_q.weight")
     assert open_model(path).arch == "llama"
+
+
+@pytest.mark.usefixtures("device")
+def test_out_of_experts_is_contiguous() -> None:
+    rng = np.random.default_rng(0)
+    blocks = OnDevice(rng.integers(0, 256, (3, 4, 34), dtype=np.uint8))
+    x, ids = OnDevice(rng.standard_normal((2, 128)).astype(np.float32)), OnDevice(np.array([[0, 1], [2, 0]], np.int32))
+    spread, packed = np.zeros((2, 3, 4), np.float32), np.zeros((2, 2, 4), np.float32)
+    same = np.lib.stride_tricks.as_strided(packed, (2, 2, 4), (0, 16, 4))
+    for out in (spread[:, :2], same):
+        with pytest.raises(errors.CudaError, match="out must be contiguous"):
+            cuda.matmul_id("ccq_t2", blocks, x, ids, out=OnDevice(out))
+    assert not spread.any()
+    cuda.matmul_id("ccq_t2", blocks, x, ids, out=OnDevice(packed))

@@ -259,6 +259,13 @@ def test_quantize_uses_the_file(model: Path, tmp_path: Path, caplog: pytest.LogC
     assert "no Hessian for 1 of 4 tensors: blk.0.attn_output.weight" in caplog.text
 
 
+def test_another_shape_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
+    path = write_hessians(tmp_path / "h.safetensors", correlated_hessian(64), [correlated_hessian(64, 5)] * 2)
+    options = QuantOptions("ccq_t2", hessian=Hessians(path), dry_run=True)
+    with pytest.raises(ImportanceError, match=rf"{Q}.*its Hessian has the shape \[64, 64\], not \[128, 128\]"):
+        quantize(model, tmp_path / "out.gguf", options, progress=False)
+
+
 def test_damaged_file_is_named_with_the_tensor(model: Path, tmp_path: Path) -> None:
     for change in ("NaN", "symmetric", "semidefinite"):
         q = correlated_hessian(128)

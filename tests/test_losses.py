@@ -194,6 +194,25 @@ def test_losses_that_are_none(tmp_path: Path, value: float) -> None:
         imatrix.load(path)
 
 
+def test_an_interrupt_leaves_no_hessians(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are complete before losses are measured, and appear together with these."""
+
+    def interrupted(*_: object, **__: object) -> Importance:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(losses, "measure_losses", interrupted)
+    hessians = tmp_path / "h.safetensors"
+    hessians.write_bytes(b"before")
+    args = ["calibrate", models["bundled"], "--text", HELDOUT, "-o", tmp_path / "i.gguf", "--hessian", hessians]
+    args += ["--chunks", 1, "--ctx", 64, "--losses", "--overwrite", "--threads", 1]
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["h.safetensors"]
+    assert hessians.read_bytes() == b"before"
+
+
 def test_a_folder_has_gradients_instead(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["calibrate", str(EXAMPLE), "-o", str(tmp_path / "i.gguf"), "--losses"])
     assert result.exit_code == 1

@@ -159,6 +159,12 @@ def test_without_proc_files_have_hidden_names(tmp_path: Path, monkeypatch: pytes
     assert names(tmp_path) == ["a"]
 
 
+def test_what_is_no_file_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="is no regular file"):
+        OutputFile(tmp_path / "pipe", overwrite=True)
+
+
 # --- leftovers --------------------------------------------------------------------------------------------------------
 
 

@@ -457,6 +457,25 @@ def test_shared_activations_are_quantized_again_after_a_write(session: Callable[
     assert_within(s.get(after, batch, rows), decoded("ccq_t2", b), x * np.float32(0.25))
 
 
+def test_a_product_without_rows_prepares_nothing(session: Callable[..., Session]) -> None:
+    """ggml skips it, and with it what was to quantize the activations for those behind."""
+    rng = np.random.default_rng(4)
+    s = session(1)
+    others, x = s.tensor(F32, 1024, 4), s.tensor(F32, 1024, 4)
+    type_id = layouts.by_name("ccq_t2").gguf_id
+    w, none = s.tensor(type_id, 1024, 64), s.tensor(type_id, 1024, 0)
+    before, behind, alone = (s.ggml.mul_mat(s.ctx, w, y) for y in (others, x, x))
+    graphs = s.graph(before), s.graph(s.ggml.mul_mat(s.ctx, none, x), behind), s.graph(alone)
+    s.allocate()
+    blocks = rng.integers(0, 256, (64, 16, 17), dtype=np.uint8)
+    blocks[..., 0] = 160
+    s.put(w, blocks)
+    for y in (others, x):
+        s.put(y, rng.standard_normal((4, 1024)).astype(np.float32))
+    assert [s.compute(graph) for graph in graphs] == [0, 0, 0]
+    assert np.array_equal(s.get(behind, 4, 64), s.get(alone, 4, 64))
+
+
 def test_graph_plans(session: Callable[..., Session]) -> None:
     """ggml's other way to run a graph: planned once, computed often, beside ordinary graphs of the same backend."""
     layout, n, rows = layouts.by_name("ccq_t3"), 256, 8
