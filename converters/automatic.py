@@ -67,11 +67,17 @@ _WOULD = (
 )
 
 
+_CALIBRATED = "its calibration is kept; the same command goes on from there"
+
+
 def write_calibrated(conversion: Conversion, options: QuantOptions) -> Plan:
     """Plan and write the file, with the data that :func:`calibrated` adds.  Raises what that and
     ``convert.write_model`` do."""
     if not options.dry_run:
         refuse_inputs([conversion.path], [*conversion.files, *data_files(options)])
+        for kept in kept_paths(conversion.path) if not options.resume else ():
+            if kept.exists():
+                log.warning("%s: left as it is; only --resume goes on with it", kept)
     with calibrated(conversion, options) as options:
         return write_model(conversion, options)
 
@@ -100,7 +106,10 @@ def calibrated(conversion: Conversion, options: QuantOptions) -> Iterator[QuantO
             kept.save(_measured(conversion, options, wanted, kept.hessians))
             found = kept.load(options)
             assert found is not None
-        yield found
+        try:
+            yield found
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(str(interrupt) or _CALIBRATED) from None
         kept.remove()
         return
     wanted = _with_hessians(conversion, options, wanted)
@@ -289,13 +298,17 @@ def _source(conversion: Conversion) -> Path:
     return conversion.runnable or conversion.files[0].parent
 
 
+def kept_paths(path: Path) -> tuple[Path, Path]:
+    """Where a conversion to ``path`` that can be resumed keeps importance and Hessians."""
+    return path.with_name(f".{path.name}.calibration"), path.with_name(f".{path.name}.hessian")
+
+
 class _Kept:
     """The calibration of a conversion that can be resumed: ``.NAME.calibration`` and, with Hessians, ``.NAME.hessian``
     beside the output ``NAME``."""
 
     def __init__(self, conversion: Conversion, options: QuantOptions, wanted: _Wanted) -> None:
-        self.path = conversion.path.with_name(f".{conversion.path.name}.calibration")
-        self.hessians = conversion.path.with_name(f".{conversion.path.name}.hessian")
+        self.path, self.hessians = kept_paths(conversion.path)
         self.wanted = wanted
         whole = job_of(options, conversion.files)
         self._job = {key: whole[key] for key in ("--imatrix", *(file.name for file in conversion.files))}

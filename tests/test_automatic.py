@@ -220,6 +220,23 @@ def test_a_resumed_conversion_does_not_calibrate_again(
     assert (folder / "o.gguf").read_bytes() == (folder / "whole.gguf").read_bytes()
 
 
+def test_an_interrupt_behind_a_calibration(stored: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(automatic, "write_model", interrupted)
+        result = run(
+            "quantize", stored, "-o", folder / "o.gguf", "--type", "t2", "--hessian", "none", "--resume", *FAST
+        )
+    assert result.exit_code == 130
+    last = result.stderr.splitlines()[-1]
+    assert last == "Interrupted; its calibration is kept; the same command goes on from there."
+    assert names(folder) == [".o.gguf.calibration"]
+    left = ok("quantize", stored, "-o", folder / "o.gguf", "--type", "q8_0", *FAST)
+    assert ".o.gguf.calibration: left as it is; only --resume goes on with it" in left
+
+
 def test_an_interrupt_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while llama.cpp runs the file that was written for it."""
     seen: list[tuple[list[str], int]] = []

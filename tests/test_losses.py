@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from ccq_converters.collect import GraphRun, calibrate_gguf
 from ccq_converters.evaluate import log_softmax
 from ccq_converters.hf2gguf import convert
 from ccq_converters.imatrix import Importance
-from ccq_converters.llama import load_plugin_for
+from ccq_converters.llama import load_plugin_for, stock_quantize
 from ccq_converters.losses import measure_losses
 from ccq_converters.options import QuantOptions
+from ccq_converters.quantize import quantize
 from ccq_format.errors import ImportanceError
 from ccq_format.gguf_io import ModelWriter, TensorInfo, open_model
 
@@ -192,6 +194,20 @@ def test_losses_that_are_none(tmp_path: Path, value: float) -> None:
         imatrix.fill(writer, Importance("", {"w": entry}, losses={"w": value}))
     with pytest.raises(ImportanceError, match=r"tensor 'w\.loss'"):
         imatrix.load(path)
+
+
+def test_rows_that_keep_their_bytes_lose_nothing(
+    models: dict[str, Path], importance: dict[str, Importance], tmp_path: Path
+) -> None:
+    """They may be of a type that only llama.cpp encodes."""
+    stock_quantize(models["bundled"], tmp_path / "in.gguf", "q4_k")
+    names = [t.name for t in open_model(models["bundled"]).tensors if len(t.shape) == 2]
+    data = replace(importance["bundled"], losses=dict.fromkeys(names, 0.1))
+    options = QuantOptions("q5_0", imatrix=data, dry_run=True)
+    plan = quantize(tmp_path / "in.gguf", tmp_path / "out.gguf", options, allow_requantize=True, progress=False)
+    found = {t.source.name: (t.type, t.loss) for t in plan.tensors}
+    assert found["blk.0.attn_q.weight"] == ("q4_k", 0.0)
+    assert plan.loss_unit is not None
 
 
 def test_an_interrupt_leaves_no_hessians(
