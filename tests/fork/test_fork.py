@@ -311,20 +311,35 @@ def plugin_logits(model: Path) -> np.ndarray:
     return logits
 
 
-@pytest.fixture(scope="module")
-def program(tree: Tree, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """logits.cpp, linked to the tree's libraries."""
-    out = tmp_path_factory.mktemp("program") / "logits"
+def linked(tree: Tree, name: str, folder: Path) -> Path:
+    """A program of this folder, linked to the tree's libraries."""
     names = [f"lib{name}" for name in ("llama", "ggml", "ggml-cpu", "ggml-base")]
     libraries = [p for name in names for p in tree.build.rglob(f"{name}.a")]
     libraries += [p for name in names for p in (tree.build / "bin").glob(f"{name}.so")]
     options = [f"-I{tree.folder / 'include'}", f"-I{tree.folder / 'ggml/include'}", f"-Wl,-rpath,{tree.build / 'bin'}"]
     if "-DGGML_BACKEND_DL=ON" in tree.kind.options:
         options.append(f'-DBACKENDS="{tree.build / "bin"}"')
-    compiler = os.environ.get("CXX", "c++")
-    command = [compiler, "-std=c++17", "-O1", *options, Path(__file__).with_name("logits.cpp"), "-o", out]
+    options += ["-DNO_CONV_2D"] * tree.ik
+    compiler, source = os.environ.get("CXX", "c++"), Path(__file__).with_name(f"{name}.cpp")
+    command = [compiler, "-std=c++17", "-O1", *options, source, "-o", folder / name]
     subprocess.run([*command, *libraries, "-fopenmp", "-pthread", "-ldl"], check=True)
-    return out
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def program(tree: Tree, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return linked(tree, "logits", tmp_path_factory.mktemp("program"))
+
+
+def test_ops_that_take_the_whole_work_buffer(tree: Tree, tmp_path: Path) -> None:
+    """Products with the same activations quantize them once; what was kept must not be used behind such an op."""
+    between = linked(tree, "between", tmp_path)
+    results = [subprocess.run([between, str(op)], capture_output=True, check=True).stdout for op in range(4 - tree.ik)]
+    values = np.frombuffer(results[0], np.float32)
+    assert values.size == 4 * 64
+    assert np.isfinite(values).all()
+    assert values.std() > 1
+    assert results[1:] == results[:1] * (len(results) - 1)
 
 
 def logits(program: Path, model: Path, like: np.ndarray, threads: int = 1) -> np.ndarray:
