@@ -188,7 +188,7 @@ def calibrate_as_gguf(
     file.  Raises what that and :func:`runnable` do."""
     OutputFile(conversion.path, overwrite=options.overwrite)  # refuses a target before the work
     if find_spec("llama_cpp") is None:
-        raise EvalError("calibration needs llama-cpp-python (pip install '.[llama]')", file=_source(conversion))
+        raise EvalError("calibration needs llama-cpp-python (pip install '.[llama]')", file=conversion.source)
     with runnable(conversion, "make a q8_0 file of it (hf2gguf --type q8_0), and calibrate that") as path:
         return calibrate_file(path, text_path, conversion.path, options, hessian=hessian, progress=conversion.progress)
 
@@ -227,7 +227,7 @@ def _measured(
                 bar.update(task, description="measuring losses", completed=0, total=None)
                 data = measure_losses(path, text, data, threads=options.threads, advance=advance)
         except EvalError as error:
-            raise EvalError(f"calibration: {error.reason}; {_OTHERWISE}", file=_source(conversion)) from error
+            raise EvalError(f"calibration: {error.reason}; {_OTHERWISE}", file=conversion.source) from error
     tokens = settings.ctx * (settings.chunks or 0)
     what = [f"importance of {len(data.entries)} matrices from {tokens} tokens"] if wanted.importance else []
     what += ["their Hessians"] if wanted.hessians else []
@@ -283,7 +283,7 @@ def _check_memory(conversion: Conversion, nbytes: int, otherwise: str) -> None:
         raise EvalError(
             f"calibration would run this model in llama.cpp, which takes {format_bytes(needed)} of memory; "
             f"{format_bytes(free)} are free: {otherwise}",
-            file=_source(conversion),
+            file=conversion.source,
         )
 
 
@@ -292,10 +292,6 @@ def _window(path: Path) -> int:
     model = open_model(path)
     context = model.metadata.get(f"{model.arch}.context_length")
     return min(WINDOW, context) if isinstance(context, int) and context > 1 else WINDOW
-
-
-def _source(conversion: Conversion) -> Path:
-    return conversion.runnable or conversion.files[0].parent
 
 
 def kept_paths(path: Path) -> tuple[Path, Path]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 
+from ccq_format.errors import WeightsError
 from ccq_format.gguf_io import Model
 from ccq_format.output import OutputFile
 
@@ -37,3 +39,20 @@ class Conversion:
     def path(self) -> Path:
         """Where the file appears."""
         return self.out.path if isinstance(self.out, OutputFile) else self.out
+
+    @property
+    def source(self) -> Path | None:
+        """What errors name: the GGUF file, or the folder."""
+        if self.copy_from is not None:
+            return Path(self.copy_from.files[0])
+        return self.runnable or (self.files[0].parent if self.files else None)
+
+    @contextmanager
+    def naming_source(self) -> Iterator[None]:
+        """Adds :attr:`source` to a ``WeightsError``: who finds a weight that cannot be has seen rows only."""
+        try:
+            yield
+        except WeightsError as error:
+            if error.file is not None:
+                raise
+            raise WeightsError(error.reason, file=self.source, tensor=error.tensor) from None

@@ -30,7 +30,8 @@ def write_model(conversion: Conversion, options: QuantOptions) -> Plan:
     Raises ``PlanError``, and what ``stream.write_planned`` does.
     """
     options = _completed(conversion.sources, options)
-    plan = _planned(conversion, options)
+    with conversion.naming_source():
+        plan = _planned(conversion, options)
     for warning in plan.warnings():
         log.warning(warning)
     _check_data(plan, options)

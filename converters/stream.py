@@ -41,7 +41,7 @@ def write_planned(conversion: Conversion, plan: Plan, options: QuantOptions) -> 
     if job is None and not isinstance(out, OutputFile) and (kept := partial_path(writer.path)).exists():
         log.warning("%s: left as it is; only --resume goes on with it", kept)
     try:
-        with writer:
+        with conversion.naming_source(), writer:
             declare(writer, conversion, plan, options)
             writer.begin()
             refuse_inputs(writer.files, [*conversion.files, *data_files(options)])

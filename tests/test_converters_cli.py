@@ -239,10 +239,12 @@ def test_weights_that_are_not_finite(tmp_path: Path, target: str, bad: float) ->
     write_gguf(
         tmp_path / "i.gguf", {"blk.0.attn_k.weight": ("f32", gaussian(2, 512)), "blk.0.attn_q.weight": ("f32", x)}
     )
-    line = refused("quantize", tmp_path / "i.gguf", "-o", tmp_path / "o.gguf", "--type", target)
-    assert "tensor 'blk.0.attn_q.weight'" in line
-    assert "NaN or infinite" in line
-    assert [p.name for p in tmp_path.iterdir()] == ["i.gguf"]
+    names = tmp_path / "i.gguf", "-o", tmp_path / "o.gguf"
+    commands = [["quantize", *names, "--type", target], ["quantize", *names, "--target-bpw", 3, "--no-calibration"]]
+    for command in [*commands, ["dequantize", *names, "--type", "f16"]]:
+        line = refused(*command)
+        assert f"{tmp_path / 'i.gguf'}: tensor 'blk.0.attn_q.weight': a weight is NaN or infinite" in line
+        assert [p.name for p in tmp_path.iterdir()] == ["i.gguf"]
 
 
 def test_existing_output_is_kept_unless_told_otherwise(source: Path, tmp_path: Path) -> None:
