@@ -241,7 +241,8 @@ def free_matrices(
 def _overrides(sources: list[TensorSource], options: QuantOptions) -> list[tuple[re.Pattern[str], str]]:
     overrides = [(_compile(pattern), parse_type(target)) for pattern, target in options.overrides]
     for pattern, _ in overrides:
-        if not any(len(s.shape) > 1 and pattern.search(s.name) for s in sources):
+        # Those of COPIED_TYPES stay what they are.
+        if not any(len(s.shape) > 1 and s.source_type not in COPIED_TYPES and pattern.search(s.name) for s in sources):
             raise PlanError(f"--tensor-type '{pattern.pattern}' matches no matrix of the model")
     return overrides
 

@@ -90,6 +90,13 @@ def test_override_that_matches_no_matrix_is_an_error(pattern: str) -> None:
         types("t2", [("attn_q", "f16"), (pattern, "f16")])
 
 
+@pytest.mark.parametrize("type_name", ["f64", "i32"])
+def test_override_of_what_is_copied_is_an_error(type_name: str) -> None:
+    tables = [source("blk.0.attn_q.weight", 64, 512), source("blk.0.table", 64, 512, type_name=type_name)]
+    with pytest.raises(PlanError, match="'table' matches no matrix"):
+        make_plan(tables, QuantOptions("ccq_t2", overrides=[("attn_q", "f16"), ("table", "f16")]))
+
+
 def test_bad_overrides() -> None:
     with pytest.raises(PlanError, match="no regular expression"):
         types("t2", [("(", "f16")])
