@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
@@ -57,6 +58,9 @@ STOCK_FILE_TYPES = {
 }
 """The ``llama_ftype`` whose default type each type is (``llama_ftype_get_default_type``): the mixture IQ2_S is mostly
 IQ2_XS, and IQ2_M is the one built on IQ2_S."""
+
+_PATIENCE = 0.1
+"""Seconds of one wait for llama.cpp: a signal that comes right before it is only seen behind it."""
 
 _T = TypeVar("_T")
 
@@ -334,7 +338,10 @@ class LlamaModel:
         """A call into llama.cpp, in the thread for it; whatever ends the wait ends the call, too."""
         self._interrupted = False
         try:
-            return self._runner.submit(call, *arguments).result()
+            run = self._runner.submit(call, *arguments)
+            while not run.done():
+                wait([run], _PATIENCE)
+            return run.result()
         except BaseException:
             self._interrupted = True
             # The thread may have the call though submit gave no future of it: an interrupt can come between the two.

@@ -57,7 +57,9 @@ def test_a_skeleton_is_planned(tmp_path: Path) -> None:
     assert re.search(r" fp8 +ccq_t2 +998,244,352 ", rows["blk.3.ffn_up_exps.weight"])
     assert re.search(r" q8_0 .*MLA", rows["blk.0.attn_k_b.weight"])
     assert "bits per weight" in out[-2]
-    assert re.fullmatch(r"expected time: [\d.]+ (min|hours|days) with \d+ threads?", out[-1])
+    time, calibration = out[-1].split(", ", 1)
+    assert re.fullmatch(r"expected time: [\d.]+ (min|hours|days) with \d+ threads?", time)
+    assert calibration == "after calibration; two to three times that if there is room for Hessians"
 
 
 @pytest.mark.slow
