@@ -415,7 +415,9 @@ def test_greedy_text(tree: Tree, program: Path, name: str, models: Models) -> No
     model = models[name][2]
     options = ("--temp", "0", "-n", "24", "-t", "1", "--no-warmup")
     if not tree.ik:
-        assert plugin_text(model) in tree.run(tree.cli, "-m", model, "-p", PROMPT, *options, "-no-cnv")
+        # llama-completion loses the end of its output in one run of 60, with whatever model.
+        text = plugin_text(model)
+        assert any(text in tree.run(tree.cli, "-m", model, "-p", PROMPT, *options, "-no-cnv") for _ in range(3))
         return
     wanted = plugin_logits(model)
     count, text = clear_text(model, 2 * float(np.abs(logits(program, model, wanted) - wanted).max()))
