@@ -229,16 +229,13 @@ class OutputFile(Staged):
         return True
 
 
-class Scratch(OutputFile):
-    """A temporary file beside ``path`` that never gets a name, to be handed to what writes an ``OutputFile``, and then
-    to what reads :attr:`reachable`.  It is there until the ``with`` block is left."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Raises ``OutputError`` if there cannot be a file of that name."""
-        super().__init__(path, overwrite=True)
+class Held(OutputFile):
+    """A file that whoever writes it completes and :meth:`release` gives its name, so that it can appear together with
+    another.  It is there until the ``with`` block is left, for what reads :attr:`reachable`, and gone then if it was
+    not released."""
 
     def publish(self) -> None:
-        """Nothing: the file stays as it is."""
+        """Nothing: see :meth:`release`."""
 
     def settle(self) -> None:
         """Nothing."""
@@ -246,28 +243,21 @@ class Scratch(OutputFile):
     def abort(self) -> None:
         """Nothing: the ``with`` block ends the file."""
 
-    def __exit__(self, *_: object) -> None:
-        super().abort()
-
-
-class Held(OutputFile):
-    """A file that :meth:`close` completes and :meth:`release` gives its name, so that it can appear together with
-    another.  It is gone if the ``with`` block is left before."""
-
-    def close(self) -> None:
-        """Nothing is left to write.  Raises ``OutputError``."""
-        self.complete()
-
     def release(self) -> None:
         """Give the file its name.  Raises ``OutputError`` as :meth:`OutputFile.close` does."""
-        self.publish()
-        self.settle()
-
-    def abort(self) -> None:
-        """Nothing: the ``with`` block ends the file."""
+        super().publish()
+        super().settle()
 
     def __exit__(self, *_: object) -> None:
         super().abort()
+
+
+class Scratch(Held):
+    """A temporary file beside ``path`` that never gets a name."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises ``OutputError`` if there cannot be a file of that name."""
+        super().__init__(path, overwrite=True)
 
 
 def refuse_inputs(outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str | os.PathLike[str]]) -> None:

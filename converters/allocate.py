@@ -504,12 +504,13 @@ def compared(
     does."""
     types = {tensor.source.name: tensor.type for tensor in plan.tensors}
     # Rows that keep their bytes lose nothing, and may be of a type that nothing here encodes.
-    free = [s for s in choosable(sources, options) if types[s.name] != s.source_type]
-    copied = {s.name: 0.0 for s in sources if types[s.name] == s.source_type}
+    chosen = choosable(sources, options)
+    losses = {s.name: 0.0 for s in chosen if types[s.name] == s.source_type}
+    free = [s for s in chosen if s.name not in losses]
     ladders = [sorted({*ladder(options), types[s.name]}, key=lambda name: (_bpw(name), name)) for s in free]
     choices, unit = completed(list(_measured(free, options, advance, ladders)))
-    losses = {c.source.name: (c.losses or ())[c.types.index(types[c.source.name])] for c in choices}
-    tensors = [replace(t, loss=(losses | copied).get(t.source.name)) for t in plan.tensors]
+    losses |= {c.source.name: (c.losses or ())[c.types.index(types[c.source.name])] for c in choices}
+    tensors = [replace(t, loss=losses.get(t.source.name)) for t in plan.tensors]
     costs = [[overhead.padded(nbytes) for nbytes in choice.nbytes] for choice in choices]
     columns = [choice.losses or () for choice in choices]
     budget = sum(cost[c.types.index(types[c.source.name])] for cost, c in zip(costs, choices, strict=True))

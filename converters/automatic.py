@@ -15,10 +15,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from ccq_format import __version__
 from ccq_format.errors import CcqError, EvalError
 from ccq_format.gguf_io import ModelWriter, SplitWriter, open_model
 from ccq_format.output import OutputFile, Scratch, refuse_inputs
@@ -41,7 +41,7 @@ from .plan import Plan, make_plan
 from .resume import job_of
 from .rules import is_vocabulary, never_quantized
 from .schemes import Keep
-from .stream import data_files, write_planned
+from .stream import data_files, warn_of_kept, write_planned
 from .target_types import STOCK_TYPES
 from .tensors import TensorSource
 
@@ -75,9 +75,8 @@ def write_calibrated(conversion: Conversion, options: QuantOptions) -> Plan:
     ``convert.write_model`` do."""
     if not options.dry_run:
         refuse_inputs([conversion.path], [*conversion.files, *data_files(options)])
-        for kept in kept_paths(conversion.path) if not options.resume else ():
-            if kept.exists():
-                log.warning("%s: left as it is; only --resume goes on with it", kept)
+        if not options.resume:
+            warn_of_kept(*kept_paths(conversion.path))
     with calibrated(conversion, options) as options:
         return write_model(conversion, options)
 
@@ -309,7 +308,7 @@ class _Kept:
         whole = job_of(options, conversion.files)
         self._job = {key: whole[key] for key in ("--imatrix", *(file.name for file in conversion.files))}
         # A target has embedding and output measured, too; another version may measure otherwise.
-        self._job |= {"target": json.dumps(options.type is None), "ccq": version("ccq")}
+        self._job |= {"target": json.dumps(options.type is None), "ccq": __version__}
 
     def job(self, hessians: bool | None) -> str:
         """What tells this calibration from others; ``hessians``: with them."""

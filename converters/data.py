@@ -110,15 +110,16 @@ def check_hessians(plan: Plan, hessians: Hessians) -> None:
 
     Raises ``ImportanceError`` if no tensor has one, or one has another shape.
     """
-    wanted = [t.source.name for t in plan.tensors if wants_data(t)]
-    missing = [name for name in wanted if name not in hessians]
-    for source in (t.source for t in plan.tensors if wants_data(t) and t.source.name in hessians):
-        hessians.check(source.name, source.matrices, source.row_len)
+    wanted = [t.source for t in plan.tensors if wants_data(t)]
+    missing = [source.name for source in wanted if source.name not in hessians]
+    for source in wanted:
+        if source.name in hessians:
+            hessians.check(source.name, source.matrices, source.row_len)
     if not wanted:
         log.warning("%s: not used, because it helps none of the types that tensors get", hessians.file)
     elif len(missing) == len(wanted):
         raise ImportanceError(
-            f"has no Hessian of any of the {len(wanted)} tensors to encode (such as '{wanted[0]}'): it belongs to "
+            f"has no Hessian of any of the {len(wanted)} tensors to encode (such as '{wanted[0].name}'): it belongs to "
             "another model",
             file=hessians.file,
         )

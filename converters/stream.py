@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TypeAlias
 
 import gguf
@@ -38,8 +39,8 @@ def write_planned(conversion: Conversion, plan: Plan, options: QuantOptions) -> 
         writer: Writer = ModelWriter(out, arch, overwrite=options.overwrite, job=job)
     else:
         writer = SplitWriter(out, arch, options.split_max_size, overwrite=options.overwrite, job=job)
-    if job is None and not isinstance(out, OutputFile) and (kept := partial_path(writer.path)).exists():
-        log.warning("%s: left as it is; only --resume goes on with it", kept)
+    if job is None and not isinstance(out, OutputFile):
+        warn_of_kept(partial_path(writer.path))
     try:
         with conversion.naming_source(), writer:
             declare(writer, conversion, plan, options)
@@ -54,6 +55,13 @@ def write_planned(conversion: Conversion, plan: Plan, options: QuantOptions) -> 
                 raise KeyboardInterrupt(done) from None
             log.warning("%s: %s", writer.path, done)
         raise
+
+
+def warn_of_kept(*paths: Path) -> None:
+    """What an interrupted conversion has kept there, and this one does not go on with."""
+    for path in paths:
+        if path.exists():
+            log.warning("%s: left as it is; only --resume goes on with it", path)
 
 
 def data_files(options: QuantOptions) -> list[str]:

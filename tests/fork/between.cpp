@@ -8,7 +8,6 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 
 static ggml_tensor * ones(ggml_context * ctx, ggml_type type, int64_t a, int64_t b, int64_t c, int64_t d) {
     ggml_tensor * t = ggml_new_tensor_4d(ctx, type, a, b, c, d);
